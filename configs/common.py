@@ -1,0 +1,141 @@
+"""The base config: every key there is, with its default and its meaning. Experiments override; nothing may be added.
+
+A config file defines `get_config(arg=None)`, where `arg` is what follows the colon in `--config=configs/langid.py:n=1+2,steps=500`.
+Single keys are overridden on the command line: `--config.steps=100 --config.optimizer.learning_rate=3e-4`. Such a flag holds for
+every run of the experiment, also where the config file sets the key for one run alone.
+"""
+
+import ml_collections
+
+from datamux_jax.errors import InputError
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The defaults: the plain Transformer on the digits."""
+    parse_arg(arg)
+    c = ml_collections.ConfigDict()
+
+    # What is run. An experiment is a list of runs, each with a folder of its own; no runs: one run, in the workdir itself.
+    c.runs = ()  # Names of the runs, in order.
+    c.overrides = ml_collections.ConfigDict()  # Name of a run -> nested dict of the keys in which it differs.
+    c.title = ""  # Heading of the report.
+    c.baseline = ""  # Plain reference to measure beside the runs: "char_tfidf", or "" for none.
+
+    # Training.
+    c.seed = 0  # Of initialisation, data order, dropout and everything else that is drawn.
+    c.objective = "classification"  # Or "retrieval", the token-retrieval warm-up.
+    c.num_instances = 1  # N, instances mixed into one row.
+    c.batch_groups = 64  # B, mixed rows a step, all devices together; B * N examples a step.
+    c.steps = 2000  # Updates in all.
+    c.task_loss_coeff = 1.0  # Weight of the task loss in "classification".
+    c.retrieval_loss_coeff = 0.0  # Weight of token retrieval beside it (text only; DataMUX: 0.9 and 0.1).
+    c.retrieval_percentage = 1.0  # Share of positions that carry the retrieval loss.
+    c.dtype = "float32"  # Of the computation, or "bfloat16"; parameters and optimizer are always float32.
+    c.resume = ""  # Folder of a run whose whole state (optimizer and data position too) a new run continues.
+    c.init_from = ""  # Folder of a run whose parameters a new run starts from; relative to the workdir first.
+    c.log_every = 50  # Steps between lines in metrics.jsonl.
+
+    c.data = ml_collections.ConfigDict()
+    c.data.source = "digits"  # Or "cldr", language identification.
+    c.data.train_split = "train"
+    c.data.tokenizer = "bytes"  # Of text sources.
+    c.data.length = 0  # L, positions a text takes, [CLS] included. 0: the source's own (feature sources only).
+
+    c.model = ml_collections.ConfigDict()
+    c.model.backbone = "encoder"
+    c.model.hidden_size = 128  # D
+    c.model.num_layers = 3
+    c.model.num_heads = 4
+    c.model.mlp_dim = 512
+    c.model.embedding_size = 0  # E, the width at which instances are mixed; 0: D.
+    c.model.type_vocab_size = 0  # Token types (BERT: 2, of which type 0 is used).
+    c.model.dropout_rate = 0.0
+    c.model.attention_dropout_rate = 0.0
+    c.model.layer_norm_eps = 1e-6
+    c.model.init_stddev = 0.0  # Of kernels and tables (BERT: 0.02); 0: Glorot-normal kernels, tables 0.02.
+    c.model.pool = "mean"  # What classification reads: "first", "mean" or "demuxed_mean" (datamux_jax/model.py).
+
+    c.mux = ml_collections.ConfigDict()
+    c.mux.name = "none"  # Or "gaussian_hadamard".
+    c.mux.norm = 0.0  # L2 norm of the instance vectors; 0: sqrt(E), unit variance. Published code: 1, in warm-up 20.
+    c.mux.learned = False  # Train the multiplexer's own parameters.
+
+    c.demux = ml_collections.ConfigDict()
+    c.demux.name = "none"  # Or "rsa".
+    c.demux.num_layers = 2  # Dense layers before the last one.
+    c.demux.form = "paper"  # LayerNorm after every layer; "released": as the published code has it, without.
+
+    c.optimizer = ml_collections.ConfigDict()  # AdamW.
+    c.optimizer.learning_rate = 1e-3  # Peak.
+    c.optimizer.schedule = "cosine"  # After the warm-up: "constant", "linear" or "cosine", down to 0 at the last step.
+    c.optimizer.warmup_steps = 100
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.01  # Not on biases and LayerNorm.
+    c.optimizer.grad_clip = 1.0  # Largest global gradient norm; 0: no clipping.
+
+    c.mesh = ml_collections.ConfigDict()  # Devices along each axis; -1 for one of them: all that are left.
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every = 500  # Steps; the last step is always saved.
+    c.checkpoint.keep = 1  # Newest checkpoints that stay.
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.split = "test"
+    c.eval.groupings = 5  # Random groupings; who is mixed with whom changes predictions.
+    c.eval.every_slot = False  # Score every example in every slot of its group; costs N times as much.
+    c.eval.batch_groups = 64  # Groups a batch, also in prediction and in the benchmark.
+
+    c.benchmark = ml_collections.ConfigDict()
+    c.benchmark.windows = 15  # Timed windows a run, interleaved between the runs.
+    c.benchmark.seconds = 0.3  # Length of a window.
+    return c.lock()
+
+
+def parse_arg(arg: str | None, **defaults):
+    """Reads `n=2,steps=500` against typed defaults; a tuple of numbers is written `1+2+4`.
+
+    Args:
+      arg: the text after the colon of `--config=FILE:arg`, or None.
+      **defaults: the arguments that the config file knows.
+
+    Returns:
+      A namespace with the defaults, overridden.
+
+    Raises:
+      InputError: an unknown argument, or a value of the wrong type.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        name, _, text = part.partition("=")
+        if name not in defaults:
+            known = ", ".join(f"{key}={_written(value)}" for key, value in defaults.items()) or "none"
+            raise InputError(f"The config argument {part!r} does not exist. Known arguments, with their defaults: {known}.")
+        default = defaults[name]
+        try:
+            if isinstance(default, tuple):
+                values[name] = tuple(type(default[0])(item) for item in text.split("+"))
+            elif isinstance(default, bool):
+                values[name] = {"true": True, "false": False}[text.lower()]
+            else:
+                values[name] = type(default)(text)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"The config argument {name}={text!r} cannot be read. Write it like its default, {name}={_written(default)}."
+            ) from error
+    return ml_collections.ConfigDict(values)
+
+
+def set_runs(config: ml_collections.ConfigDict, overrides: dict[str, dict]) -> None:
+    """Makes `config` an experiment of the given runs: name -> nested dict of the keys in which the run differs."""
+    config.runs = tuple(overrides)
+    with config.unlocked():
+        config.overrides = ml_collections.ConfigDict(overrides)
+
+
+def _written(value) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)

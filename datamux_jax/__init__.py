@@ -1,0 +1,32 @@
+"""Data multiplexing in JAX and Flax: mix `N` inputs, run the network once, unmix `N` predictions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from datamux_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datamux_jax.predict import Predictor
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "__version__", "load"]
+
+
+def load(path: str | Path) -> Predictor:
+    """Loads a trained run for prediction: `datamux_jax.load("runs/text/n2")(["guten Morgen"])`.
+
+    Args:
+      path: the folder of a run.
+
+    Returns:
+      A `datamux_jax.predict.Predictor`.
+
+    Raises:
+      InputError: no such run, no checkpoint yet, or a run without a trained classifier.
+    """
+    from datamux_jax import predict  # Imports jax and all; `import datamux_jax` alone stays quick.
+
+    return predict.load(path)

@@ -1,0 +1,88 @@
+"""Throughput of trained networks: device only, after warm-up, windows interleaved between the contenders, medians."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from datamux_jax.data import pipeline
+from datamux_jax.predict import Predictor
+from datamux_jax.progress import Progress
+from datamux_jax.runs import Run
+
+
+def throughput(runs: Mapping[str, Run], *, windows: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Measures classification at equal groups: every run handles `eval.batch_groups` mixed rows a call.
+
+    Inputs lie on the device, results stay there; compilation and the first calls are left out. A window is as many calls as fill
+    `seconds`. Windows of all runs alternate, so that what else the machine does hits all alike.
+
+    Args:
+      runs: name -> loaded run; the first one is the reference of the ratios.
+      windows: timed windows a run.
+      seconds: length of a window.
+
+    Returns:
+      For each run `instances_per_second` (median), `spread` (interquartile range over median), `ratio` (median over windows of
+      the ratio to the first run's window) and `groups`.
+    """
+    calls: dict[str, Callable[[], Any]] = {}
+    instances: dict[str, int] = {}
+    for name, run in runs.items():
+        predictor = Predictor(run)
+        _, splits = pipeline.load(run.config)
+        _, batch = next(predictor.batches(splits[run.config.eval.split], shuffle=True))
+        compiled = predictor.forward.lower(run.params, batch).compile()
+        calls[name] = functools.partial(compiled, run.params, batch)
+        instances[name] = predictor.batch_size
+    return measure(calls, instances, windows=windows, seconds=seconds) if calls else {}
+
+
+def measure(
+    calls: Mapping[str, Callable[[], Any]], instances: Mapping[str, int], *, windows: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Times functions that return device arrays, in interleaved windows; arguments and result as in `throughput`.
+
+    Args:
+      calls: name -> function without arguments.
+      instances: name -> instances that one call handles.
+      windows: timed windows a function.
+      seconds: length of a window.
+    """
+    repeats = {name: _repeats(call, seconds) for name, call in calls.items()}
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    progress = Progress("throughput", windows)
+    for window in range(windows):
+        for name, call in calls.items():
+            rates[name].append(instances[name] * repeats[name] / _timed(call, repeats[name]))
+        progress.update(window + 1)
+    progress.close()
+    reference = np.array(next(iter(rates.values())))
+    result = {}
+    for name, values in rates.items():
+        low, middle, high = np.percentile(values, [25, 50, 75])
+        result[name] = {
+            "instances_per_second": float(middle),
+            "spread": float((high - low) / middle),
+            "ratio": float(np.median(np.array(values) / reference)),
+            "instances_per_call": instances[name],
+        }
+    return result
+
+
+def _repeats(call: Callable[[], Any], seconds: float) -> int:
+    _timed(call, 3)
+    return max(1, round(seconds / (_timed(call, 10) / 10)))
+
+
+def _timed(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        out = call()
+    jax.block_until_ready(out)
+    return time.perf_counter() - start

@@ -1,0 +1,111 @@
+"""Checks of a complete config, before any work. The keys themselves stand, commented, in `configs/common.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datamux_jax.demux import DEMUX
+from datamux_jax.errors import InputError, choose
+from datamux_jax.model import POOLS
+from datamux_jax.mux import MUX
+from datamux_jax.objectives import OBJECTIVES
+from datamux_jax.optimizer import SCHEDULES
+
+DTYPES = ("float32", "bfloat16")
+RSA_FORMS = ("paper", "released")
+
+
+def validate(config: Any) -> None:
+    """Checks values and their combinations.
+
+    Raises:
+      InputError: names the key, its value, the rule and the way out.
+    """
+    _numbers(config)
+    for table, key in (
+        (MUX, "mux.name"),
+        (DEMUX, "demux.name"),
+        (RSA_FORMS, "demux.form"),
+        (OBJECTIVES, "objective"),
+        (SCHEDULES, "optimizer.schedule"),
+        (POOLS, "model.pool"),
+        (DTYPES, "dtype"),
+    ):
+        choose(table, _get(config, key), f"The config value {key} =")
+    plain = [key for key in ("mux", "demux") if config[key].name == "none"]
+    if len(plain) == 1:
+        other = "demux" if plain == ["mux"] else "mux"
+        raise InputError(
+            f"{plain[0]}.name = 'none' goes with {other}.name = 'none': the plain network neither mixes nor unmixes. "
+            f"Set both, or choose a {plain[0]}."
+        )
+    if plain and config.num_instances != 1:
+        raise InputError(
+            f"mux.name = 'none' is the plain network for one instance, but num_instances = {config.num_instances}. Choose a "
+            f"multiplexer ({', '.join(sorted(set(MUX) - {'none'}))}), or set num_instances = 1."
+        )
+    if config.model.hidden_size % config.model.num_heads:
+        raise InputError(
+            f"model.hidden_size = {config.model.hidden_size} is not divisible by model.num_heads = {config.model.num_heads}. "
+            "Every head takes an equal share of the width."
+        )
+    if config.optimizer.warmup_steps > config.steps:
+        raise InputError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than steps = {config.steps}. Shorten the warm-up."
+        )
+    if config.objective == "classification" and not config.task_loss_coeff:
+        raise InputError("task_loss_coeff = 0 leaves nothing to classify. Use objective = 'retrieval' for the warm-up.")
+
+
+def _numbers(config: Any) -> None:
+    positive = [
+        "num_instances",
+        "batch_groups",
+        "steps",
+        "log_every",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "eval.groupings",
+        "eval.batch_groups",
+        "model.hidden_size",
+        "model.num_layers",
+        "model.num_heads",
+        "model.mlp_dim",
+        "demux.num_layers",
+        "optimizer.learning_rate",
+        "benchmark.windows",
+        "benchmark.seconds",
+    ]
+    not_negative = [
+        "seed",
+        "data.length",
+        "mux.norm",
+        "optimizer.warmup_steps",
+        "optimizer.weight_decay",
+        "optimizer.grad_clip",
+        "retrieval_loss_coeff",
+        "task_loss_coeff",
+        "model.dropout_rate",
+        "model.attention_dropout_rate",
+        "model.embedding_size",
+        "model.init_stddev",
+        "model.type_vocab_size",
+        "retrieval_percentage",
+    ]
+    for key in positive:
+        if not _get(config, key) > 0:
+            raise InputError(f"{key} = {_get(config, key)} is not positive. Set it to a number above 0.")
+    for key in not_negative:
+        if not _get(config, key) >= 0:
+            raise InputError(f"{key} = {_get(config, key)} is negative. Set it to 0 or more.")
+    for key in ("model.dropout_rate", "model.attention_dropout_rate"):
+        if not _get(config, key) < 1:
+            raise InputError(f"{key} = {_get(config, key)} would drop everything. Set it below 1.")
+    if config.retrieval_percentage > 1:
+        raise InputError(f"retrieval_percentage = {config.retrieval_percentage} is a share. Set it between 0 and 1.")
+
+
+def _get(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = config[part]
+    return config

@@ -1,0 +1,45 @@
+"""Texts to fixed-length rows of token ids. Table `TOKENIZERS`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """UTF-8 bytes after four special tokens: no vocabulary to train, nothing out of vocabulary.
+
+    A row is `[CLS] byte byte ...`, cut or padded to the length asked for.
+    """
+
+    pad_id: int = 0
+    cls_id: int = 1
+    sep_id: int = 2
+    mask_id: int = 3
+    first_byte_id: int = 4
+
+    @property
+    def vocab_size(self) -> int:
+        return self.first_byte_id + 256
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens, `[CLS]` included."""
+        ids = np.full((len(texts), length), self.pad_id, np.int32)
+        sizes = np.empty(len(texts), np.int32)
+        for row, text in enumerate(texts):
+            codes = np.frombuffer(text.encode("utf-8", "replace")[: length - 1], np.uint8)
+            ids[row, 0] = self.cls_id
+            ids[row, 1 : 1 + len(codes)] = codes.astype(np.int32) + self.first_byte_id
+            sizes[row] = 1 + len(codes)
+        return ids, (np.arange(length) < sizes[:, None]).astype(np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text behind token ids, specials left out; bytes that are not UTF-8 become U+FFFD."""
+        codes = [int(i) - self.first_byte_id for i in ids if int(i) >= self.first_byte_id]
+        return bytes(codes).decode("utf-8", "replace")
+
+
+TOKENIZERS = {"bytes": ByteTokenizer}

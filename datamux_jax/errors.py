@@ -1,0 +1,27 @@
+"""The one exception that means: the input is wrong, and here is the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class InputError(ValueError):
+    """A value that came from outside (flag, config, file, label, checkpoint) breaks a rule.
+
+    The message is one paragraph: the value, the rule, the way out. The launchers print it without a traceback.
+    """
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything up to this moment is saved."""
+
+
+def choose(table: Collection[str], name: str, what: str) -> str:
+    """Returns `name` if it is a key of `table`.
+
+    Raises:
+      InputError: if it is not; the message lists the choices.
+    """
+    if name not in table:
+        raise InputError(f"{what} {name!r} does not exist. Choose one of: {', '.join(sorted(table))}.")
+    return name

@@ -1,0 +1,110 @@
+"""Evaluation over a whole split: every example once a grouping, over several random groupings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from datamux_jax import metrics, sharding, workdir
+from datamux_jax.data import pipeline
+from datamux_jax.errors import InputError
+from datamux_jax.model import call
+from datamux_jax.objectives import every_retrieval, task_loss
+from datamux_jax.progress import Progress
+from datamux_jax.runs import Run, load_run
+
+EVAL = "eval.json"
+
+
+def evaluation_step(run: Run) -> Callable[[Any, Any], Any]:
+    """The jitted function `(params, batch) -> sums` of what this run was trained for."""
+    config, model = run.config, run.model
+    classify = config.objective == "classification"
+    retrieve = config.objective == "retrieval" or config.retrieval_loss_coeff > 0
+
+    def step(params: Any, batch: Any) -> Any:
+        h = call(model, params, "encode", batch["inputs"], batch["mask"])
+        sums: dict[str, Any] = {}
+        if classify:
+            sums |= task_loss(model, params, h, batch, {}, False)[1]
+        if retrieve:
+            sums |= every_retrieval(model, params, h, batch)
+        return sums
+
+    return jax.jit(step)
+
+
+def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -> dict[str, Any]:
+    """Scores every example of a split in each of `groupings` random groupings.
+
+    With `config.eval.every_slot` each group is scored `N` times, its instances moved on by one slot each time: every example then
+    stands in every slot, and slots are compared on the same examples.
+
+    Args:
+      run: a loaded run.
+      split: of its data source.
+      groupings: number of groupings; grouping `g` is drawn with the seed `g`.
+      label: of the progress line.
+
+    Returns:
+      For each metric its mean over groupings, `NAME_std` (over groupings, population), `NAME_per_slot`; and what was evaluated.
+
+    Raises:
+      InputError: no such split, or no groupings.
+    """
+    if groupings < 1:
+        raise InputError(f"--groupings={groupings} leaves nothing to measure. Ask for at least 1.")
+    _, splits = pipeline.load(run.config)
+    if split not in splits:
+        raise InputError(f"--split={split!r} does not exist. Choose one of: {', '.join(splits)}.")
+    arrays = splits[split]
+    step = evaluation_step(run)
+    groups = -(-run.config.eval.batch_groups // run.mesh.size) * run.mesh.size
+    per_grouping = []
+    progress = Progress(label, groupings)
+    for seed in range(groupings):
+        batches = pipeline.eval_batches(arrays, groups=groups, instances=run.config.num_instances, seed=seed)
+        shifts = run.config.num_instances if run.config.eval.every_slot else 1
+        parts = [
+            step(run.params, sharding.put_batch({k: np.roll(v, shift, axis=1) for k, v in batch.items()}, run.mesh))
+            for _, batch in batches
+            for shift in range(shifts)
+        ]
+        per_grouping.append(metrics.merge(jax.device_get(parts)))
+        progress.update(seed + 1)
+    progress.close()
+    scores = [metrics.means(sums) for sums in per_grouping]
+    result: dict[str, Any] = dict(metrics.means(metrics.merge(per_grouping)))
+    for name, values in list(result.items()):
+        if isinstance(values, float):
+            result[f"{name}_std"] = float(np.std([score[name] for score in scores]))
+    return {
+        "split": split,
+        "examples": len(arrays["mask"]),
+        "groupings": groupings,
+        "every_slot": run.config.eval.every_slot,
+        "step": run.step,
+        "num_instances": run.config.num_instances,
+        **result,
+    }
+
+
+def evaluate_run(path: Path, *, split: str = "", groupings: int = 0, label: str = "evaluate") -> dict[str, Any]:
+    """Evaluates the run in `path` and writes `eval.json` there; defaults are those of its config.
+
+    An evaluation that is on disk already, of the same step and settings, is returned as it is.
+    """
+    config = workdir.load_config(path)
+    split, groupings = split or config.eval.split, groupings or config.eval.groupings
+    run = load_run(path)
+    if (path / EVAL).exists():
+        old = workdir.read_json(path / EVAL)
+        if (old["step"], old["split"], old["groupings"]) == (run.step, split, groupings):
+            return old
+    result = evaluate(run, split=split, groupings=groupings, label=label)
+    workdir.write_json(path / EVAL, result)
+    return result

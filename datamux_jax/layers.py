@@ -1,0 +1,223 @@
+"""Building blocks of the encoders: embeddings, attention, MLP and the post-LN block.
+
+Every parameter carries logical axis names (`embed`, `mlp`, `heads`, `head_dim`, `vocab`, ...); `sharding.py` maps them to a mesh.
+Shapes in names: `B` groups, `N` instances, `L` positions, `E` embedding width, `D` hidden width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Sizes and constants that all layers of one network share.
+
+    Attributes:
+      hidden_size: `D`, width of the encoder.
+      num_layers: number of post-LN blocks.
+      num_heads: attention heads; divides `hidden_size`.
+      mlp_dim: width inside a block's MLP.
+      embedding_size: `E`, width of embeddings and of mixing; 0 means `hidden_size`.
+      dropout_rate: after embeddings, attention and MLP.
+      attention_dropout_rate: on attention weights.
+      layer_norm_eps: of every LayerNorm of the model.
+      init_stddev: of dense kernels and embedding tables; 0 means Glorot-normal kernels and 0.02 for tables.
+      dtype: of the computation; parameters are always float32.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    embedding_size: int = 0
+    dropout_rate: float = 0.1
+    attention_dropout_rate: float = 0.1
+    layer_norm_eps: float = 1e-12
+    init_stddev: float = 0.02
+    dtype: str = "float32"
+
+    @property
+    def width(self) -> int:
+        """`E`, the width at which instances are mixed."""
+        return self.embedding_size or self.hidden_size
+
+
+def kernel_init(spec: Spec) -> nn.initializers.Initializer:
+    return nn.initializers.normal(spec.init_stddev) if spec.init_stddev else nn.initializers.glorot_normal()
+
+
+def table_init(spec: Spec) -> nn.initializers.Initializer:
+    return nn.initializers.normal(spec.init_stddev or 0.02)
+
+
+def dense(spec: Spec, features: int, axes: Sequence[str | None], *, use_bias: bool = True) -> nn.Dense:
+    """A dense layer whose kernel `[in, features]` has the logical axes `axes`."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=spec.dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init(spec), tuple(axes)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes[-1],)),
+    )
+
+
+def layer_norm(spec: Spec) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=spec.layer_norm_eps,
+        dtype=spec.dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+    )
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU, as BERT, RoBERTa and ELECTRA use it."""
+    return nn.gelu(x, approximate=False)
+
+
+def parameter(
+    module: nn.Module, name: str, init: nn.initializers.Initializer, axes: Sequence[str | None], shape: tuple[int, ...]
+) -> Array:
+    """A parameter of `module` with logical axes."""
+    return cast(Array, module.param(name, nn.with_logical_partitioning(init, tuple(axes)), shape))
+
+
+class Embeddings(nn.Module):
+    """Token (or feature) + position + type embeddings, LayerNorm, dropout.
+
+    With `vocab_size` the inputs are token ids `[..., L]`; without, they are feature vectors `[..., L, F]`, embedded linearly.
+
+    A multiplexed network applies this block twice, as the published code does: once to every instance, and once, through
+    `refine`, to the mixed embeddings (MUX-PLMs enter the backbone through `inputs_embeds`, which adds positions and types again).
+    """
+
+    spec: Spec
+    max_length: int
+    vocab_size: int = 0
+    type_vocab_size: int = 0
+
+    def setup(self) -> None:
+        spec, width = self.spec, self.spec.width
+        init = table_init(spec)
+        if self.vocab_size:
+            self.word = nn.Embed(
+                self.vocab_size,
+                width,
+                dtype=spec.dtype,
+                embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
+            )
+        else:
+            self.feature = dense(spec, width, (None, "embed"))
+        self.position = parameter(self, "position", init, (None, "embed"), (self.max_length, width))
+        if self.type_vocab_size:
+            self.type = parameter(self, "type", init, (None, "embed"), (self.type_vocab_size, width))
+        self.norm = layer_norm(spec)
+        self.dropout = nn.Dropout(spec.dropout_rate)
+
+    def __call__(self, inputs: Array, train: bool = False) -> Array:
+        """Embeds every instance: `[..., L]` ids or `[..., L, F]` features -> `[..., L, E]`."""
+        return self.refine(self.word(inputs) if self.vocab_size else self.feature(inputs), train)
+
+    def refine(self, x: Array, train: bool = False) -> Array:
+        """Adds positions and types to `[..., L, E]`, then LayerNorm and dropout: `[..., L, E]`."""
+        length = x.shape[-2]
+        added = self.position[:length]
+        if self.type_vocab_size:
+            added = added + self.type[0]
+        return self.dropout(self.norm(x + added.astype(x.dtype)), deterministic=not train)
+
+    def attend(self, x: Array) -> Array:
+        """Logits of the tied decoder (without bias): `[..., E] -> [..., V]`."""
+        return self.word.attend(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases: `[..., L, D] -> [..., L, D]`."""
+
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None = None, train: bool = False) -> Array:
+        """
+        Args:
+          x: `[..., L, D]`.
+          mask: `[..., L]`, true where a position may be attended to; None: everywhere. Where nothing may be attended
+            to, attention is uniform, as in the published code (masks add the smallest finite float, not minus infinity).
+          train: draw dropout from the stream `dropout`.
+        """
+        spec = self.spec
+        heads = spec.num_heads
+        head_dim = spec.hidden_size // heads
+
+        def project(name: str) -> Array:
+            return nn.DenseGeneral(
+                (heads, head_dim),
+                dtype=spec.dtype,
+                kernel_init=nn.with_logical_partitioning(kernel_init(spec), ("embed", "heads", "head_dim")),
+                bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("heads", "head_dim")),
+                name=name,
+            )(x)
+
+        q, k, v = project("query"), project("key"), project("value")
+        allowed = None if mask is None else mask[..., None, None, :].astype(bool)
+        if train and spec.attention_dropout_rate > 0:
+            # The fused attention has no dropout; the published recipes train with it.
+            y = nn.dot_product_attention(
+                q,
+                k,
+                v,
+                mask=allowed,
+                dropout_rng=self.make_rng("dropout"),
+                dropout_rate=spec.attention_dropout_rate,
+                broadcast_dropout=False,
+                dtype=q.dtype,
+            )
+        else:
+            y = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+        return nn.DenseGeneral(
+            spec.hidden_size,
+            axis=(-2, -1),
+            dtype=spec.dtype,
+            kernel_init=nn.with_logical_partitioning(kernel_init(spec), ("heads", "head_dim", "embed")),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+            name="out",
+        )(y)
+
+
+class Block(nn.Module):
+    """Post-LN Transformer block: attention, residual, LayerNorm; GELU MLP, residual, LayerNorm."""
+
+    spec: Spec
+
+    def setup(self) -> None:
+        spec = self.spec
+        self.attention = Attention(spec)
+        self.attention_norm = layer_norm(spec)
+        self.mlp_in = dense(spec, spec.mlp_dim, ("embed", "mlp"))
+        self.mlp_out = dense(spec, spec.hidden_size, ("mlp", "embed"))
+        self.mlp_norm = layer_norm(spec)
+        self.dropout = nn.Dropout(spec.dropout_rate)
+
+    def __call__(self, x: Array, mask: Array | None = None, train: bool = False) -> Array:
+        """`[..., L, D] -> [..., L, D]`; `mask` as in `Attention`."""
+
+        def drop(y: Array) -> Array:
+            return self.dropout(y, deterministic=not train)
+
+        x = self.attention_norm(x + drop(self.attention(x, mask, train)))
+        return self.mlp_norm(x + drop(self.mlp_out(gelu(self.mlp_in(x)))))
+
+
+def masked_mean(x: Array, mask: Array) -> Array:
+    """Mean of `x` `[..., L, D]` over the positions where `mask` `[..., L]` is 1: `[..., D]`; zero where it is 0 everywhere."""
+    weight = mask.astype(x.dtype)[..., None]
+    return (x * weight).sum(-2) / jnp.maximum(weight.sum(-2), 1)

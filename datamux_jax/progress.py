@@ -1,0 +1,58 @@
+"""What a person sees while a job runs: one line with step, numbers and time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1:15`, `4000` -> `1:06:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Reports progress on stdout: rewritten in place on a terminal, a line every `seconds` elsewhere.
+
+    Args:
+      label: stands at the start of the line.
+      total: number of units of work.
+      start: units that were done before (a resumed run).
+      seconds: shortest time between two lines where stdout is not a terminal.
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0, seconds: float = 10.0) -> None:
+        self._label, self._total, self._start = label, total, start
+        self._terminal = sys.stdout.isatty()
+        self._seconds = 0.2 if self._terminal else seconds
+        self._began = self._shown = time.monotonic()
+        self._width = 0
+
+    def restart_clock(self, done: int) -> None:
+        """Forgets the time so far: what came before (compilation) says nothing about the rate."""
+        self._start, self._began = done, time.monotonic()
+
+    def update(self, done: int, text: str = "") -> None:
+        """Shows `done` units and `text`, if it is time to."""
+        now = time.monotonic()
+        if now - self._shown < self._seconds and done < self._total:
+            return
+        self._shown = now
+        rate = (done - self._start) / max(now - self._began, 1e-9)
+        left = f"  {duration((self._total - done) / rate)} left" if rate > 0 and done < self._total else ""
+        self._show(f"{self._label}  {done}/{self._total}{'  ' + text if text else ''}{left}")
+
+    def close(self) -> None:
+        """Ends the line."""
+        if self._terminal and self._width:
+            print(flush=True)
+            self._width = 0
+
+    def _show(self, line: str) -> None:
+        if self._terminal:
+            print("\r" + line.ljust(self._width), end="", flush=True)
+            self._width = len(line)
+        else:
+            print(line, flush=True)

@@ -1,0 +1,280 @@
+"""The trainer: state, step and loop. Warm-up, pre-training and fine-tuning differ in objective and config only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from datamux_jax import checkpoint, metrics, optimizer, sharding, workdir
+from datamux_jax.config import validate
+from datamux_jax.data import pipeline
+from datamux_jax.errors import InputError, Interrupted
+from datamux_jax.model import MultiplexedTransformer, build, init_params
+from datamux_jax.objectives import OBJECTIVES, Objective
+from datamux_jax.progress import Progress
+
+FORMAT = "format.json"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes, and the key from which every step's randomness comes."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+
+
+def build_model(config: Any, fmt: pipeline.Format) -> MultiplexedTransformer:
+    """The network of `config` for data of the format `fmt`."""
+    return build(config, num_classes=len(fmt.label_names), vocab_size=fmt.vocab_size, max_length=fmt.length)
+
+
+def state_maker(config: Any, fmt: pipeline.Format, model: MultiplexedTransformer, tx: Any) -> Callable[[jax.Array], Any]:
+    """A function from a random key to a fresh state, boxed with logical axes; for `eval_shape` and for `jit`."""
+    shape = (1, config.num_instances, *fmt.input_shape)
+
+    def make(key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        params = init_params(model, init_key, shape, fmt.input_dtype)
+        return TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params), run_key)
+
+    return make
+
+
+def born_sharded(make: Callable[[jax.Array], Any], seed: int, mesh: jax.sharding.Mesh) -> Any:
+    """Runs `make` so that every leaf comes into being on its own shard: no device ever holds the whole state."""
+    key = jax.random.key(seed)
+    placed = sharding.shardings(jax.eval_shape(make, key), mesh)
+    return jax.jit(lambda k: sharding.unbox(make(k)), out_shardings=placed)(key)
+
+
+def make_step(objective: Objective, tx: Any, state: TrainState, mesh: jax.sharding.Mesh) -> Any:
+    """The jitted training step `(state, batch) -> (state, sums)`; the old state's memory is reused."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        key = jax.random.fold_in(state.key, state.step)
+        rngs = {"dropout": jax.random.fold_in(key, 0), "corruption": jax.random.fold_in(key, 1)}
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, batch, rngs, True)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, state.key), sums
+
+    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        step,
+        in_shardings=(state_sharding, sharding.batch_sharding(mesh)),
+        out_shardings=(state_sharding, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def train(config: Any, run: Path, *, label: str = "train") -> None:
+    """Trains the run that `config` describes in the folder `run`, from wherever it stands; returns at once if it is done.
+
+    Start precedence: the folder's own checkpoint, then `config.resume`, then `config.init_from`, then scratch.
+
+    Raises:
+      InputError: the config, the data or the folder is wrong; nothing has been written then.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    validate(config)
+    mesh = sharding.make_mesh(config, config.batch_groups)
+    fmt, splits = pipeline.load(config)
+    arrays = splits[_split(config.data.train_split, splits)]
+    model = build_model(config, fmt)
+    if config.objective == "retrieval" and not fmt.vocab_size:
+        raise InputError(
+            f"objective = 'retrieval' needs tokens, but the data source {config.data.source!r} has feature vectors. Use a text source."
+        )
+    tx = optimizer.make(config)
+    make = state_maker(config, fmt, model, tx)
+    state_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(jax.eval_shape(make, jax.random.key(0))))
+    workdir.claim(run, config, needed_bytes=state_bytes * (config.checkpoint.keep + 1) + 20_000_000)
+    with workdir.lock(run):
+        workdir.write_json(run / FORMAT, flax.serialization.to_state_dict(vars(fmt)) | {"label_names": list(fmt.label_names)})
+        saves = checkpoint.Checkpoints(run, config.checkpoint.keep)
+        with contextlib.closing(saves):
+            data = pipeline.train_iterator(
+                arrays,
+                groups=config.batch_groups,
+                instances=config.num_instances,
+                seed=config.seed,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+            )
+            if saves.latest_step == config.steps:
+                return
+            state = initial_state(config, run, saves, born_sharded(make, config.seed, mesh), data)
+            step = make_step(OBJECTIVES[config.objective](model, config), tx, state, mesh)
+            _loop(config, run, label, state, step, data, saves, mesh)
+
+
+def initial_state(config: Any, run: Path, saves: checkpoint.Checkpoints, fresh: TrainState, data: Any) -> TrainState:
+    """Where a run starts: its own newest checkpoint, else `resume` (whole state), else `init_from` (parameters), else fresh."""
+
+    def restored(source: checkpoint.Checkpoints) -> TrainState:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
+        params, rest = source.restore(abstract.params, _rest(abstract), data)
+        return dataclasses.replace(fresh, params=params, **rest)
+
+    if saves.latest_step is not None:
+        return restored(saves)
+    if config.resume:
+        return restored(checkpoint.run_checkpoints(checkpoint.find_run(config.resume, run)))
+    if config.init_from:
+        return dataclasses.replace(fresh, params=checkpoint.init_from(checkpoint.find_run(config.init_from, run), fresh.params))
+    return fresh
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+
+
+def _loop(
+    config: Any,
+    run: Path,
+    label: str,
+    state: TrainState,
+    step: Any,
+    data: Any,
+    saves: checkpoint.Checkpoints,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    done = int(state.step)
+    saved = done
+    log = MetricsLog(run / "metrics.jsonl", done, config)
+    progress = Progress(label, config.steps, done)
+    pending = None
+    with stop_signals() as stop:
+        while done < config.steps and not stop():
+            state, sums = step(state, sharding.put_batch(next(data), mesh))
+            if pending is not None:
+                # One step late: the device already works on the next step while these numbers travel.
+                progress.update(done, log.add(done, jax.device_get(pending)))
+            elif done + 1 < config.steps:
+                jax.block_until_ready(sums)  # The first step compiles; the clock starts after it.
+                progress.restart_clock(done + 1)
+                log.restart_clock()
+            pending, done = sums, done + 1
+            if done % config.checkpoint.every == 0 and done < config.steps:
+                log.check(jax.device_get(pending), done)
+                saves.save(done, state.params, _rest(state), data)
+                saved = done
+        if pending is not None:
+            progress.update(done, log.add(done, jax.device_get(pending)))
+    progress.close()
+    if done > saved:
+        saves.save(done, state.params, _rest(state), data)
+    saves.wait()
+    if done < config.steps:
+        raise Interrupted(f"Stopped at step {done} of {config.steps}; the state is saved. The same command goes on from there.")
+
+
+class MetricsLog:
+    """Adds up the sums of steps, and appends their means to a JSONL file every `log_every` steps.
+
+    A resumed run first drops the lines past its own start: they belong to steps that are done again.
+    """
+
+    def __init__(self, path: Path, done: int, config: Any) -> None:
+        self._path, self._config = path, config
+        self._parts: list[Any] = []
+        self._text = ""
+        self._clock, self._since = time.monotonic(), done
+        self._rate = optimizer.schedule(config)
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            workdir.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
+
+    def restart_clock(self) -> None:
+        self._clock = time.monotonic()
+
+    def check(self, sums: Any, done: int) -> None:
+        """Raises InputError, naming step and term, if a sum is not finite."""
+        for name, (total, _) in sums.items():
+            if not np.isfinite(total).all():
+                raise InputError(
+                    f"{name} is not finite at step {done}: training has diverged. The last checkpoint before is good. Lower "
+                    "optimizer.learning_rate, lengthen optimizer.warmup_steps or set optimizer.grad_clip, and start again in a new "
+                    "--workdir."
+                )
+
+    def add(self, done: int, sums: Any) -> str:
+        """Takes the sums of step `done`; returns the numbers for the progress line."""
+        self.check(sums, done)
+        self._parts.append(sums)
+        if done % self._config.log_every == 0 or done == self._config.steps:
+            now = time.monotonic()
+            means = metrics.means(metrics.merge(self._parts))
+            seconds = max(now - self._clock, 1e-9)
+            instances = (done - self._since) * self._config.batch_groups * self._config.num_instances
+            line = {
+                "step": done,
+                **means,
+                "learning_rate": float(self._rate(done - 1)),
+                "instances_per_second": instances / seconds,
+            }
+            with self._path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")
+            self._parts, self._clock, self._since = [], now, done
+            self._text = _summary(means, line["instances_per_second"])
+        return self._text
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # A line cut short by a kill.
+
+
+def _summary(means: dict[str, Any], rate: float) -> str:
+    shown = [f"loss {means['loss']:.3f}"]
+    for name, short in (("accuracy", "accuracy"), ("retrieval_accuracy", "retrieval")):
+        if means.get(name) is not None:
+            shown.append(f"{short} {means[name]:.1%}")
+    return "  ".join([*shown, f"{rate:,.0f} instances/s"])
+
+
+def _split(name: str, splits: Any) -> str:
+    if name not in splits:
+        raise InputError(f"data.train_split = {name!r} does not exist. Choose one of: {', '.join(splits)}.")
+    return name
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """While active, SIGINT and SIGTERM ask for a stop instead of causing one; a second SIGINT does what it always did.
+
+    Outside the main thread (notebook workers, tests) signals are left alone.
+    """
+    received: list[int] = []
+    old: dict[int, Any] = {}
+
+    def handler(old: dict[int, Any], number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1 and callable(old[number]):
+            old[number](number, frame)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):
+            old[number] = signal.signal(number, functools.partial(handler, old))
+    try:
+        yield lambda: bool(received)
+    finally:
+        for restored, previous in old.items():
+            signal.signal(restored, previous)

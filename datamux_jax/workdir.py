@@ -1,0 +1,140 @@
+"""The folder of a run: who may write there, what lies there, and how files get there whole.
+
+    RUN/config.json        the complete config
+    RUN/format.json        how inputs become arrays; label names
+    RUN/checkpoints/STEP/  orbax: params, rest (optimizer, step, random key), data (iterator position)
+    RUN/metrics.jsonl      one line a logged step
+    RUN/eval.json          the last evaluation
+
+An experiment of several runs has one such folder a run below its own, and `report.md`, `report.json`, `report.png`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from datamux_jax.errors import InputError
+
+CONFIG = "config.json"
+# May differ between the saved and the given config: they change no number of the run.
+FREE_KEYS = ("log_every", "checkpoint.", "mesh.", "benchmark.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      InputError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot read {path}: {error}. Restore the file, or start again in a new folder.") from error
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A config as JSON has it: nested dicts and lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def load_config(run: Path) -> ml_collections.ConfigDict:
+    """The config saved in `run`.
+
+    Raises:
+      InputError: the folder is missing or is not a run.
+    """
+    if not (run / CONFIG).is_file():
+        problem = f"holds no {CONFIG}" if run.is_dir() else "does not exist"
+        raise InputError(f"{run} is not the folder of a run: it {problem}. Pass the --workdir of a training run.")
+    return ml_collections.ConfigDict(read_json(run / CONFIG))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def claim(workdir: Path, config: ml_collections.ConfigDict, needed_bytes: int) -> None:
+    """Makes `workdir` the folder of the run that `config` describes, or checks that it is.
+
+    Raises:
+      InputError: the folder belongs to another config, holds other files, cannot be written, or its disk is too full for
+        `needed_bytes`. Nothing has been written then.
+    """
+    if (workdir / CONFIG).exists():
+        _same_config(workdir, config)
+    elif workdir.exists() and (not workdir.is_dir() or any(p.name != ".lock" for p in workdir.iterdir())):
+        raise InputError(
+            f"--workdir={workdir} exists and is not the folder of a run (it holds no {CONFIG}), so nothing is written there. "
+            "Choose a new or empty folder."
+        )
+    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"--workdir={workdir} cannot be written: no permission in {existing}. Choose another folder.")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise InputError(
+            f"The disk of --workdir={workdir} has {free / 1e6:,.0f} MB left, but this run needs about {needed_bytes / 1e6:,.0f} MB "
+            "for its checkpoints. Free some space, choose another disk, or lower checkpoint.keep."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / CONFIG).exists():
+        write_json(workdir / CONFIG, plain(config))
+
+
+def _same_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    old, new = flatten(read_json(workdir / CONFIG)), flatten(plain(config))
+    different = [
+        f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if different:
+        shown = "; ".join(different[:12]) + (f"; and {len(different) - 12} more" if len(different) > 12 else "")
+        raise InputError(
+            f"--workdir={workdir} belongs to a run with another config ({shown}). Give the same config to go on with that run, or "
+            "another --workdir to start a new one; nothing was changed."
+        )
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds `workdir` for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    with open(workdir / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"Another process is training in --workdir={workdir}. Wait for it, stop it, or choose another folder."
+            ) from error
+        yield

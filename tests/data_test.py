@@ -1,0 +1,151 @@
+"""Sources, tokenizers and batches."""
+
+import collections
+import itertools
+
+import grain
+import numpy as np
+import pytest
+
+from datamux_jax.data import pipeline, sources
+from datamux_jax.data.tokenizers import ByteTokenizer
+from datamux_jax.errors import InputError
+from tests.conftest import small_config, text_config
+
+
+def test_digits_are_whole_and_split_four_to_one():
+    source = sources.load("digits")
+    train, test = source.split("train"), source.split("test")
+    assert len(train) + len(test) == 1797
+    assert 0.18 < len(test) / 1797 < 0.22
+    assert train.inputs.shape[1:] == (8, 8)
+    assert train.inputs.min() == 0
+    assert train.inputs.max() == 1
+    assert set(test.labels) == set(range(10))
+
+
+def test_phrases_follow_the_rules():
+    source = sources.load("cldr")
+    texts = [text for examples in source.splits.values() for text in examples.inputs]
+    labels = np.concatenate([examples.labels for examples in source.splits.values()])
+    assert 30_000 < len(texts) < 45_000
+    assert len({text.casefold() for text in texts}) == len(texts)
+    assert all(len(text) >= 4 and text == text.strip() and "{" not in text for text in texts)
+    assert all(any(map(str.isalpha, text)) for text in texts)
+    assert set(labels) == set(range(30))
+    shares = {name: len(examples) / len(texts) for name, examples in source.splits.items()}
+    assert shares == pytest.approx({"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.01)
+    by_text = dict(zip(texts, labels, strict=True))
+    assert source.label_names[by_text["Schwedisch"]] == "de"
+
+
+def test_splits_depend_on_the_key_alone():
+    assert sources.hash_fraction("digits/0") == pytest.approx(0.254579874698187, abs=1e-12)
+
+
+def test_bytes_go_there_and_back():
+    tokenizer = ByteTokenizer()
+    ids, mask = tokenizer.encode(["naïve", "", "ﷺ" * 20], 8)
+    assert ids.shape == mask.shape == (3, 8)
+    assert tokenizer.decode(ids[0]) == "naïve"
+    assert mask.sum(-1).tolist() == [7, 1, 8]
+    assert (ids[:, 0] == tokenizer.cls_id).all()
+    assert (ids[mask == 0] == tokenizer.pad_id).all()
+    assert ids.max() < tokenizer.vocab_size
+
+
+@pytest.fixture
+def arrays():
+    return {"inputs": np.arange(10)[:, None].repeat(3, 1), "mask": np.ones((10, 3), np.int32), "label": np.arange(10)}
+
+
+def take(arrays, steps, **kwargs):
+    settings = {"groups": 2, "instances": 3, "seed": 0} | kwargs
+    return list(itertools.islice(pipeline.train_iterator(arrays, **settings), steps))
+
+
+def test_every_epoch_has_every_example_once_in_a_new_order(arrays):
+    seen = np.concatenate([batch["label"].ravel() for batch in take(arrays, 5)])
+    epochs = seen.reshape(3, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_batches_depend_on_the_seed_alone(arrays):
+    first, second, other = take(arrays, 3), take(arrays, 3), take(arrays, 3, seed=1)
+    assert all(np.array_equal(a["label"], b["label"]) for a, b in zip(first, second, strict=True))
+    assert not all(np.array_equal(a["label"], b["label"]) for a, b in zip(first, other, strict=True))
+
+
+def test_hosts_share_a_batch_without_overlap(arrays):
+    whole = take(arrays, 3)
+    halves = [take(arrays, 3, host=host, hosts=2) for host in range(2)]
+    for step in range(3):
+        joined = np.concatenate([halves[host][step]["label"] for host in range(2)])
+        np.testing.assert_array_equal(joined, whole[step]["label"])
+
+
+def test_a_restored_iterator_goes_on_where_it_was(arrays):
+    iterator = pipeline.train_iterator(arrays, groups=2, instances=3, seed=0)
+    for _ in range(2):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator)["label"] for _ in range(3)]
+    restored = pipeline.train_iterator(arrays, groups=2, instances=3, seed=0)
+    assert isinstance(restored, grain.DatasetIterator)
+    restored.set_state(state)
+    np.testing.assert_array_equal([next(restored)["label"] for _ in range(3)], expected)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_evaluation_scores_every_example_exactly_once(arrays, shuffle):
+    batches = list(pipeline.eval_batches(arrays, groups=2, instances=4, seed=0, shuffle=shuffle))
+    counted = collections.Counter()
+    for rows, batch in batches:
+        assert batch["label"].shape == (2, 4)
+        np.testing.assert_array_equal(batch["label"], rows)
+        counted.update(rows[batch["weight"] > 0].tolist())
+    assert counted == dict.fromkeys(range(10), 1)
+    if not shuffle:
+        assert batches[0][0].ravel().tolist() == list(range(8))
+
+
+def test_groupings_differ(arrays):
+    first, second = (next(pipeline.eval_batches(arrays, groups=3, instances=3, seed=s))[0] for s in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_formats_of_both_sources():
+    fmt, splits = pipeline.load(small_config())
+    assert (fmt.input_shape, fmt.vocab_size, len(fmt.label_names)) == ((8, 8), 0, 10)
+    assert splits["test"]["inputs"].dtype == np.float32
+    fmt, splits = pipeline.load(text_config())
+    assert (fmt.input_shape, fmt.vocab_size, len(fmt.label_names)) == ((12,), 260, 30)
+    assert splits["test"]["inputs"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__source": "mnist"}, r"data.source = 'mnist' does not exist. Choose one of: cldr, digits"),
+        ({"data__source": "cldr"}, r"data.length = 0.*at least 2"),
+        ({"data__length": 9}, r"data.length = 9.*length 8"),
+        ({"data__source": "cldr", "data__length": 9, "data__tokenizer": "words"}, r"'words' does not exist.*bytes"),
+    ],
+)
+def test_wrong_data_settings_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.load(small_config(**changes))
+
+
+@pytest.mark.parametrize("bad", [[["a"]], np.zeros((2, 8)), np.zeros((2, 4, 8)), [None], np.full((1, 8, 8), np.nan)])
+def test_wrong_features_are_refused(bad):
+    fmt, _ = pipeline.load(small_config())
+    with pytest.raises(InputError, match=r"shape|NaN"):
+        fmt.encode(bad)
+
+
+def test_wrong_texts_are_refused():
+    fmt, _ = pipeline.load(text_config())
+    with pytest.raises(InputError, match=r"got 3 of type int"):
+        fmt.encode(["a", 3])

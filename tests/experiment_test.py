@@ -1,0 +1,206 @@
+"""Experiments: several runs, one report; and configs."""
+
+import json
+import shutil
+import sys
+
+import ml_collections
+import pytest
+
+from configs import common, langid, quickstart
+from datamux_jax import benchmark, experiment, report
+from datamux_jax.config import validate
+from datamux_jax.errors import InputError
+from datamux_jax.evaluate import evaluate
+from datamux_jax.runs import load_run
+from tests.conftest import small_config, text_config
+
+
+def two_stages():
+    config = text_config(baseline="char_tfidf", title="Small")
+    stages = {"warmup": {"objective": "retrieval"}, "n2": {"init_from": "../warmup", "retrieval_loss_coeff": 0.1}}
+    common.set_runs(config, stages)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiment") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(experiment.BASELINES, "char_tfidf", lambda config: {"name": "a stand-in", "accuracy": 0.5})
+        contents = experiment.run(two_stages(), folder)
+    return folder, contents
+
+
+def test_all_runs_are_trained_evaluated_and_compared(finished):
+    folder, contents = finished
+    assert contents == json.loads((folder / "report.json").read_text())
+    assert set(contents["scores"]) == {"warmup", "n2"}
+    assert "accuracy" not in contents["scores"]["warmup"]
+    assert contents["scores"]["n2"]["examples"] > 3000
+    assert len(contents["scores"]["n2"]["accuracy_per_slot"]) == 2
+    assert 0 <= contents["scores"]["n2"]["retrieval_accuracy"] <= 1
+    assert contents["throughput"]["n2"]["ratio"] == 1.0
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    text = (folder / "report.md").read_text()
+    assert "# Small" in text
+    assert "a stand-in" in text
+
+
+def test_the_same_command_again_trains_and_measures_nothing(finished, monkeypatch):
+    folder, contents = finished
+    monkeypatch.setattr("datamux_jax.train.make_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(experiment, "throughput", lambda *args, **kwargs: pytest.fail("measured again"))
+    assert experiment.run(two_stages(), folder) == contents
+
+
+def test_an_interrupted_experiment_goes_on(finished, tmp_path, monkeypatch):
+    folder, contents = finished
+    shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "n2")
+    (tmp_path / "again" / "measured.json").unlink()
+    monkeypatch.setitem(experiment.BASELINES, "char_tfidf", lambda config: {"name": "a stand-in", "accuracy": 0.5})
+    assert experiment.run(two_stages(), tmp_path / "again")["scores"] == contents["scores"]
+
+
+def test_loading_an_experiment_names_its_runs(finished):
+    with pytest.raises(InputError, match=r"several runs. Name one of them: .*warmup, .*n2"):
+        load_run(finished[0])
+
+
+def test_flags_beat_overrides():
+    config = quickstart.get_config("n=2+4")
+    config.mux.norm = 3.0
+    with config.unlocked():
+        config.overrides.n2.mux.norm = 5.0
+    runs = experiment.expand(config)
+    assert {name: run.num_instances for name, run in runs.items()} == {"n2": 2, "n4": 4}
+    assert (runs["n2"].mux.norm, runs["n4"].mux.norm) == (5.0, 3.0)
+    assert experiment.expand(config, {"mux.norm": 3.0})["n2"].mux.norm == 3.0
+
+
+@pytest.mark.parametrize("key", ["speed", "mux.speed", "steps.speed", "mux"])
+def test_unknown_overrides_are_refused(key):
+    config = common.get_config()
+    change = {key: 1}
+    for part in reversed(key.split(".")[:-1]):
+        change = {part: {key.split(".")[-1]: 1}}
+    common.set_runs(config, {"n2": change})
+    with pytest.raises(InputError, match=r"overrides.n2 sets '?[\w.]+'?"):
+        experiment.expand(config)
+
+
+def test_config_arguments_are_typed():
+    assert common.parse_arg("n=1+2,steps=5", n=(8,), steps=1, name="a") == ml_collections.ConfigDict(
+        {"n": (1, 2), "steps": 5, "name": "a"}
+    )
+    with pytest.raises(InputError, match=r"'m=3' does not exist. Known arguments, with their defaults: n=1\+2"):
+        common.parse_arg("m=3", n=(1, 2))
+    with pytest.raises(InputError, match=r"n='two' cannot be read. Write it like its default, n=1\+2"):
+        common.parse_arg("n=two", n=(1, 2))
+
+
+@pytest.mark.parametrize("config", [common, quickstart, langid])
+def test_every_config_is_valid(config):
+    for run in experiment.expand(config.get_config()).values():
+        validate(run)
+
+
+def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
+    """A key that nothing reads would be a promise that nobody keeps. Checking a value is not reading it."""
+    read = set()
+
+    def watching(original):
+        def get(self, key):
+            reader = sys._getframe(1).f_globals["__name__"]
+            if reader.startswith("datamux_jax.") and reader not in ("datamux_jax.config", "datamux_jax.workdir"):
+                read.add(key)
+            return original(self, key)
+
+        return get
+
+    for method in ("__getattr__", "__getitem__"):
+        monkeypatch.setattr(ml_collections.ConfigDict, method, watching(getattr(ml_collections.ConfigDict, method)))
+    monkeypatch.setitem(experiment.BASELINES, "char_tfidf", lambda config: {"name": "a stand-in", "accuracy": 0.5})
+    experiment.run(two_stages(), tmp_path / "watched")
+
+    def leaves(node):
+        for key in node:
+            yield key
+            if isinstance(node[key], dict):
+                yield from leaves(node[key])
+
+    assert set(leaves(common.get_config().to_dict())) - read == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_instances": 0}, "num_instances = 0 is not positive"),
+        ({"num_instances": -2}, "num_instances = -2 is not positive"),
+        ({"mux__name": "hadamar"}, "mux.name = 'hadamar' does not exist. Choose one of: gaussian_hadamard, none"),
+        ({"mux__name": "none"}, r"mux.name = 'none' goes with demux.name = 'none'"),
+        ({"mux__name": "none", "demux__name": "none"}, "plain network for one instance, but num_instances = 2"),
+        ({"model__num_heads": 3}, "not divisible by model.num_heads = 3"),
+        ({"model__dropout_rate": 1.0}, "would drop everything"),
+        ({"optimizer__warmup_steps": 7}, "more than steps = 6"),
+        ({"optimizer__learning_rate": -1.0}, "learning_rate = -1.0 is not positive"),
+        ({"retrieval_percentage": 1.5}, "is a share"),
+        ({"dtype": "float16"}, "Choose one of: bfloat16, float32"),
+        ({"task_loss_coeff": 0.0}, "nothing to classify"),
+    ],
+)
+def test_wrong_values_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        validate(small_config(2, **changes))
+
+
+def test_evaluation_in_every_slot_scores_each_example_in_each(digits_run):
+    run = load_run(digits_run)
+    once = evaluate(run, split="test", groupings=3)
+    with run.config.unlocked():
+        run.config.eval.every_slot = True
+    everywhere = evaluate(run, split="test", groupings=3)
+    assert once["examples"] == everywhere["examples"]
+    # Whole numbers of examples: each slot sees all examples of all groupings.
+    for value in everywhere["accuracy_per_slot"]:
+        assert value * 3 * everywhere["examples"] == pytest.approx(round(value * 3 * everywhere["examples"]))
+    assert everywhere["accuracy"] == pytest.approx(sum(everywhere["accuracy_per_slot"]) / 2)
+
+
+def test_unknown_splits_are_refused(digits_run):
+    with pytest.raises(InputError, match=r"--split='dev' does not exist. Choose one of: train, test"):
+        evaluate(load_run(digits_run), split="dev", groupings=1)
+
+
+def test_throughput_is_measured_in_interleaved_windows():
+    import time
+
+    order = []
+
+    def sleeper(name, seconds):
+        def call():
+            order.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    calls = {"slow": sleeper("slow", 0.004), "fast": sleeper("fast", 0.001)}
+    result = benchmark.measure(calls, {"slow": 10, "fast": 10}, windows=5, seconds=0.02)
+    assert result["slow"]["ratio"] == 1.0
+    assert 2 < result["fast"]["ratio"] < 5
+    assert 1000 < result["slow"]["instances_per_second"] < 2600
+    assert order[-40:].count("slow") > 2
+    assert order[-40:].count("fast") > 10
+
+
+def test_the_table_shows_what_was_measured_and_nothing_else():
+    score = {
+        "num_instances": 2, "accuracy": 0.97, "accuracy_std": 0.001, "accuracy_per_slot": [0.96, 0.98],
+        "examples": 360, "split": "test", "groupings": 5, "every_slot": False,
+    }  # fmt: skip
+    config = small_config()
+    text = report.markdown({"title": "T", "scores": {"n2": score}, "throughput": {}}, {"n2": config})
+    assert "| n2  | 2 | 97.0% ± 0.1 | 96.0% to 98.0% |" in text
+    assert "instances/s" not in text
+    assert "retrieval" not in text

@@ -1,0 +1,102 @@
+"""Objectives, retrieval targets and the sums they return."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from datamux_jax import metrics, optimizer, sharding
+from datamux_jax.corruption import retrieval_targets
+from datamux_jax.model import build, init_params
+from datamux_jax.objectives import OBJECTIVES, every_retrieval
+from tests.conftest import text_config
+
+B, N, L, V, C = 4, 2, 6, 20, 3
+
+
+@pytest.fixture
+def batch():
+    keys = jax.random.split(jax.random.key(0), 2)
+    mask = (jnp.arange(L) < jnp.array([L, 3])[:, None]).astype(jnp.int32)
+    return {
+        "inputs": jax.random.randint(keys[0], (B, N, L), 1, V),
+        "mask": jnp.broadcast_to(mask, (B, N, L)),
+        "label": jax.random.randint(keys[1], (B, N), 0, C),
+        "weight": jnp.ones((B, N)),
+    }
+
+
+def make(**changes):
+    config = text_config(N, **changes)
+    model = build(config, num_classes=C, vocab_size=V, max_length=L)
+    params = sharding.unbox(init_params(model, jax.random.key(0), (1, N, L), "int32"))
+    return config, model, params
+
+
+RNGS = {"corruption": jax.random.key(7), "dropout": jax.random.key(8)}
+
+
+def test_targets_are_the_drawn_instances_tokens(batch):
+    instance, target, weight = retrieval_targets(jax.random.key(3), batch["inputs"], batch["mask"])
+    for b, j in np.ndindex(B, L):
+        assert target[b, j] == batch["inputs"][b, instance[b, j], j]
+        assert weight[b, j] == batch["mask"][b, instance[b, j], j]
+
+
+def test_instances_are_drawn_uniformly_and_a_share_of_positions_kept():
+    tokens = jnp.ones((64, 4, 64), jnp.int32)
+    instance, _, weight = retrieval_targets(jax.random.key(0), tokens, tokens, percentage=0.25)
+    np.testing.assert_allclose(np.bincount(np.ravel(instance), minlength=4) / 4096, 0.25, atol=0.03)
+    np.testing.assert_allclose(weight.mean(), 0.25, atol=0.03)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(batch):
+    config, model, params = make(task_loss_coeff=0.9, retrieval_loss_coeff=0.1)
+    loss, sums = OBJECTIVES["classification"](model, config)(params, batch, RNGS, False)
+    means = metrics.means(jax.device_get(sums))
+    np.testing.assert_allclose(loss, 0.9 * means["task_loss"] + 0.1 * means["retrieval_loss"], rtol=1e-5)
+    np.testing.assert_allclose(means["loss"], loss, rtol=1e-6)
+
+
+def test_without_a_coefficient_no_vocabulary_logits_exist(batch):
+    config, model, params = make(retrieval_loss_coeff=0.0)
+    objective = OBJECTIVES["classification"](model, config)
+    shapes = str(jax.make_jaxpr(lambda p: objective(p, batch, RNGS, False))(params))
+    assert f"[{B},{L},{V}]" not in shapes
+    assert "retrieval_loss" not in objective(params, batch, RNGS, False)[1]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fillers_and_padding_carry_no_loss(batch, name):
+    config, model, params = make(retrieval_loss_coeff=0.1, model__pool="first")
+    objective = OBJECTIVES[name](model, config)
+    batch = {**batch, "weight": batch["weight"].at[3].set(0)}
+    changed = {**batch, "inputs": batch["inputs"].at[3].set(5), "label": batch["label"].at[3].set(0)}
+    np.testing.assert_allclose(objective(params, batch, RNGS, False)[0], objective(params, changed, RNGS, False)[0], rtol=1e-6)
+    other = {**batch, "inputs": batch["inputs"].at[0].set(5)}
+    assert not np.allclose(objective(params, batch, RNGS, False)[0], objective(params, other, RNGS, False)[0])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradient_reaches_every_trained_leaf_and_no_frozen_one(batch, learned):
+    config, model, params = make(retrieval_loss_coeff=0.1, mux__learned=learned, model__init_stddev=0.3)
+    grads = jax.grad(lambda p: OBJECTIVES["classification"](model, config)(p, batch, RNGS, True)[0])(params)
+    frozen = optimizer.frozen(params, learned)
+    assert jax.tree.map(lambda g: not bool(jnp.any(g != 0)), grads) == frozen
+
+
+def test_every_retrieval_counts_each_real_token_once(batch):
+    _, model, params = make()
+    h = model.apply({"params": params}, batch["inputs"], batch["mask"], method="encode")
+    right, count = every_retrieval(model, params, h, batch)["retrieval_accuracy"]
+    np.testing.assert_array_equal(count, [B * (L - 1), B * 2])
+    assert (np.asarray(right) <= np.asarray(count)).all()
+
+
+def test_sums_merge_without_bias():
+    parts = [{"a": (np.array([1.0, 0.0]), np.array([1.0, 3.0]))}, {"a": (np.array([3.0, 3.0]), np.array([3.0, 3.0]))}]
+    assert metrics.means(metrics.merge(parts)) == {"a": 0.7, "a_per_slot": [1.0, 0.5]}
+
+
+def test_a_mean_of_nothing_is_nothing():
+    assert metrics.means({"a": (np.zeros(()), np.zeros(()))}) == {"a": None}

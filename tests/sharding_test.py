@@ -1,0 +1,63 @@
+"""Meshes: the same numbers on one device and on eight. Runs in a process of its own, with eight virtual devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from datamux_jax import sharding
+from datamux_jax.errors import InputError
+from tests.conftest import small_config
+
+SCRIPT = """
+import itertools, jax, numpy as np
+from datamux_jax import optimizer, sharding, train
+from datamux_jax.data import pipeline
+from datamux_jax.objectives import OBJECTIVES
+from tests.conftest import text_config
+
+def losses(mesh_shape, devices):
+    config = text_config(2, retrieval_loss_coeff=0.1, model__dropout_rate=0.1)
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh_shape)))
+    mesh = sharding.make_mesh(config, config.batch_groups) if devices is None else jax.sharding.Mesh(
+        np.array(devices).reshape(1, 1, 1), sharding.AXES)
+    fmt, splits = pipeline.load(config)
+    model = train.build_model(config, fmt)
+    tx = optimizer.make(config)
+    state = train.born_sharded(train.state_maker(config, fmt, model, tx), 0, mesh)
+    local = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))
+    step = train.make_step(OBJECTIVES["classification"](model, config), tx, state, mesh)
+    data = pipeline.train_iterator(splits["train"], groups=8, instances=2, seed=0)
+    out = []
+    for _ in range(5):
+        state, sums = step(state, sharding.put_batch(next(data), mesh))
+        out.append(float(sums["loss"][0] / sums["loss"][1]))
+    return np.array(out), local
+
+assert jax.device_count() == 8
+reference, whole = losses((1, 1, 1), jax.devices()[:1])
+for shape, share in (((8, 1, 1), 1), ((2, 2, 2), 2.5), ((1, 8, 1), 4)):
+    out, local = losses(shape, None)
+    np.testing.assert_allclose(out, reference, rtol=1e-5)
+    assert local <= whole / share, (shape, local, whole)
+print("same numbers")
+"""
+
+
+def test_every_mesh_gives_the_numbers_of_one_device():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=Path(__file__).parents[1], env=environment,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert "same numbers" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("axes", [{"data": 2}, {"data": -1, "fsdp": -1}, {"data": 0}, {"data": -1, "fsdp": 3}])
+def test_a_mesh_that_does_not_cover_the_machine_is_refused(axes):
+    config = small_config()
+    config.mesh.update(axes)
+    with pytest.raises(InputError, match=r"does not cover the 1 devices of this machine"):
+        sharding.make_mesh(config, 8)

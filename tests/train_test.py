@@ -1,0 +1,236 @@
+"""The trainer: start, stop, resume, refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from datamux_jax import checkpoint, optimizer, workdir
+from datamux_jax.errors import InputError, Interrupted
+from datamux_jax.runs import load_run
+from datamux_jax.train import MetricsLog, stop_signals, train
+from tests.conftest import small_config, text_config
+
+
+def params_of(run):
+    return load_run(run).params
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path, capsys):
+    config = small_config(steps=150, log_every=50, optimizer__learning_rate=3e-3, checkpoint__every=100)
+    train(config, tmp_path / "run")
+    logged = lines(tmp_path / "run")
+    assert [line["step"] for line in logged] == [50, 100, 150]
+    assert logged[-1]["loss"] < 0.9 * logged[0]["loss"]
+    assert len(logged[0]["accuracy_per_slot"]) == 2
+    assert logged[-1]["learning_rate"] < logged[0]["learning_rate"]
+    assert logged[-1]["instances_per_second"] > 0
+    assert {"config.json", "format.json", "metrics.jsonl", "checkpoints"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    shown = capsys.readouterr()
+    assert "150/150" in shown.out
+    assert shown.err == ""
+
+
+class StopAt:
+    """Asks for a stop after some steps, as a signal would."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __enter__(self):
+        def stop():
+            self.left -= 1
+            return self.left < 0
+
+        return stop
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize("make", [small_config, text_config])
+def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, make):
+    config = make(model__dropout_rate=0.1, steps=9, **({"retrieval_loss_coeff": 0.1} if make is text_config else {}))
+    train(config, tmp_path / "whole")
+    for steps in (3, 2):
+        monkeypatch.setattr("datamux_jax.train.stop_signals", lambda steps=steps: StopAt(steps))
+        with pytest.raises(Interrupted, match="The same command goes on"):
+            train(config, tmp_path / "parts")
+    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    train(config, tmp_path / "parts")
+    assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
+    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
+    assert [line["step"] for line in parts][-1] == whole[-1]["step"]
+    assert parts[-1]["loss"] == whole[-1]["loss"]
+
+
+def test_killed_equals_uninterrupted_bit_for_bit(tmp_path):
+    """SIGKILL at a moment of its own choosing, in a process of its own."""
+    config = small_config(steps=400, checkpoint__every=50, log_every=10)
+    train(config, tmp_path / "whole")
+    script = (
+        "import sys; from pathlib import Path; from absl import logging; logging.set_verbosity(logging.ERROR);"
+        "from tests.conftest import small_config; from datamux_jax.train import train;"
+        "train(small_config(steps=400, checkpoint__every=50, log_every=10), Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
+    saves = tmp_path / "killed" / checkpoint.FOLDER
+    deadline = time.monotonic() + 120
+    while not any(saves.glob("[0-9]*/commit_success.txt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    train(config, tmp_path / "killed")
+    assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "killed"))
+    assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(10, 401, 10))
+
+
+def test_a_finished_run_is_left_alone(digits_run):
+    before = {p: p.stat().st_mtime_ns for p in digits_run.rglob("*") if p.is_file() and p.parent.name != "run"}
+    train(small_config(), digits_run)
+    assert before == {p: p.stat().st_mtime_ns for p in digits_run.rglob("*") if p.is_file() and p.parent.name != "run"}
+
+
+def test_a_step_is_compiled_once(tmp_path, monkeypatch):
+    traces = []
+    from datamux_jax import objectives
+
+    def counting(model, config):
+        objective = objectives.classification(model, config)
+
+        def traced(*args):
+            traces.append(1)
+            return objective(*args)
+
+        return traced
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "classification", counting)
+    train(small_config(), tmp_path / "run")
+    assert len(traces) == 1
+
+
+def test_another_config_is_refused_with_the_difference(digits_run):
+    before = (digits_run / "config.json").read_text()
+    with pytest.raises(InputError, match=r"optimizer.learning_rate: 0.001 there, 0.01 now.*nothing was changed"):
+        train(small_config(optimizer__learning_rate=0.01), digits_run)
+    assert (digits_run / "config.json").read_text() == before
+
+
+def test_what_changes_no_number_may_change(digits_run):
+    train(small_config(log_every=3), digits_run)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="not the folder of a run"):
+        train(small_config(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1_000_000))
+    with pytest.raises(InputError, match=r"has 1 MB left, but this run needs about \d+ MB"):
+        train(small_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_later_is_explained(tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(InputError, match=r"disk is full.*Free some space"):
+        train(small_config(), tmp_path / "run")
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    with workdir.lock(tmp_path), pytest.raises(InputError, match="Another process"), workdir.lock(tmp_path):
+        pass
+
+
+def test_divergence_stops_and_names_the_term(tmp_path):
+    config = small_config()
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, config)
+    with pytest.raises(InputError, match="task_loss is not finite at step 3"):
+        log.add(3, {"task_loss": (np.float32("nan"), np.float32(1))})
+
+
+def test_a_resumed_log_drops_lines_past_its_start(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
+    MetricsLog(path, 4, small_config())
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_init_from_takes_parameters_and_starts_at_step_zero(tmp_path, text_run):
+    config = text_config(objective="retrieval", init_from=str(text_run), steps=2, optimizer__learning_rate=1e-30)
+    train(config, tmp_path / "next")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), params_of(tmp_path / "next"), params_of(text_run))
+
+
+def test_resume_continues_the_whole_state(tmp_path, monkeypatch):
+    config = small_config(steps=8, checkpoint__every=2)
+    train(config, tmp_path / "whole")
+    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(4))
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "first")
+    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    train(small_config(steps=8, checkpoint__every=2, resume=str(tmp_path / "first")), tmp_path / "second")
+    assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "second"))
+
+
+def test_init_from_another_shape_lists_what_differs(tmp_path, text_run):
+    with pytest.raises(InputError, match=r"mux/instance_embedding is \(2, 16\) there and \(3, 16\) here"):
+        train(text_config(3, init_from=str(text_run)), tmp_path / "next")
+    with pytest.raises(InputError, match=r"Missing there: nothing. Surplus there: .*demux/keys"):
+        train(text_config(1, init_from=str(text_run)), tmp_path / "plain")
+
+
+def test_init_from_nowhere_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint yet"):
+        train(small_config(init_from="nowhere"), tmp_path / "run")
+
+
+def test_retrieval_needs_tokens(tmp_path):
+    with pytest.raises(InputError, match=r"'retrieval' needs tokens.*Use a text source"):
+        train(small_config(objective="retrieval"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", optimizer.SCHEDULES)
+def test_schedules(name):
+    rate = optimizer.schedule(small_config(steps=10, optimizer__schedule=name))
+    assert rate(0) == 0
+    assert rate(1) == pytest.approx(5e-4)
+    assert rate(2) == pytest.approx(1e-3)
+    assert rate(10) == pytest.approx(1e-3 if name == "constant" else 0, abs=1e-9)
+
+
+def test_frozen_leaves_stay_and_decay_spares_norms_and_biases(digits_run):
+    params = params_of(digits_run)
+    tx = optimizer.make(small_config(optimizer__weight_decay=1.0, optimizer__warmup_steps=0))
+    updates, _ = tx.update(jax.tree.map(lambda p: p * 0, params), tx.init(params), params)
+    assert not np.any(updates["mux"]["instance_embedding"])
+    assert np.all(updates["demux"]["keys"] != 0)
+    decayed = optimizer.decayed(params)
+    jax.tree.map(lambda u, d: (np.any(u) and not d) and pytest.fail("decayed"), updates, {**decayed, "mux": decayed["mux"]})
+    assert not decayed["classifier"]["Dense_0"]["bias"]
+    assert not decayed["embeddings"]["norm"]["scale"]
+    assert decayed["classifier"]["Dense_0"]["kernel"]
