@@ -97,7 +97,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def parse_arg(arg: str | None, **defaults):
-    """Reads `n=2,steps=500` against typed defaults; a tuple of numbers is written `1+2+4`.
+    """Reads `n=2,steps=500` against typed defaults; a tuple of numbers is written `1+2+4`, none of them as nothing.
 
     Args:
       arg: the text after the colon of `--config=FILE:arg`, or None.
@@ -111,14 +111,16 @@ def parse_arg(arg: str | None, **defaults):
     """
     values = dict(defaults)
     for part in filter(None, (arg or "").split(",")):
-        name, _, text = part.partition("=")
-        if name not in defaults:
+        name, equals, text = part.partition("=")
+        if name not in defaults or not equals:
             known = ", ".join(f"{key}={_written(value)}" for key, value in defaults.items()) or "none"
-            raise InputError(f"The config argument {part!r} does not exist. Known arguments, with their defaults: {known}.")
+            raise InputError(
+                f"The config argument {part!r} does not exist, or has no value. Known arguments, with their defaults: {known}."
+            )
         default = defaults[name]
         try:
             if isinstance(default, tuple):
-                values[name] = tuple(type(default[0])(item) for item in text.split("+"))
+                values[name] = tuple(type(default[0])(item) for item in text.split("+") if item)
             elif isinstance(default, bool):
                 values[name] = {"true": True, "false": False}[text.lower()]
             else:
@@ -132,6 +134,8 @@ def parse_arg(arg: str | None, **defaults):
 
 def set_runs(config: ml_collections.ConfigDict, overrides: dict[str, dict]) -> None:
     """Makes `config` an experiment of the given runs: name -> nested dict of the keys in which the run differs."""
+    if not overrides:
+        raise InputError("The config arguments leave no run to do. Name at least one number of instances, for instance n=2.")
     config.runs = tuple(overrides)
     with config.unlocked():
         config.overrides = ml_collections.ConfigDict(overrides)

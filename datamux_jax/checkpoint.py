@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,24 @@ import flax.traverse_util
 import grain
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from datamux_jax.errors import InputError
 
 FOLDER = "checkpoints"
 # May be absent from, or of another shape in, the parameters that a run starts from: a new task has a new head.
 FRESH_HEADS = ("classifier",)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what orbax logs about its own options and failures; failures reach the caller as exceptions."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 class Checkpoints:
@@ -27,11 +41,15 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int = 1, *, read_only: bool = False) -> None:
         self._folder = (run / FOLDER).absolute()
-        self._manager = ocp.CheckpointManager(
+        with quiet():
+            self._manager = self._open(keep, read_only)
+
+    def _open(self, keep: int, read_only: bool) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
             if not read_only
-            else ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0),
+            else ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0),
             # Named here, an item's metadata can be read without restoring it.
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
@@ -86,7 +104,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong there."""
-        with _explain_full_disk(self._folder):
+        with _explain_full_disk(self._folder), quiet():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -104,7 +122,7 @@ class _explain_full_disk:
         seen: BaseException | None = error
         while seen is not None:
             full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or "No space left" in str(seen) or "RESOURCE_EXHAUSTED" in str(seen):
+            if full or "No space left" in str(seen):
                 raise InputError(
                     f"The disk is full: a checkpoint could not be written to {self._folder}. The checkpoints before it are good. "
                     "Free some space and give the same command again; it goes on from the last one."
@@ -119,7 +137,8 @@ def run_checkpoints(run: Path) -> Checkpoints:
       InputError: there are none.
     """
     if not (run / FOLDER).is_dir():
-        raise InputError(f"{run} holds no checkpoint yet. Let its training go on until it has saved one.")
+        problem = "holds no checkpoint yet" if run.is_dir() else "is not the folder of a run"
+        raise InputError(f"{run} {problem}. Let its training go on until it has saved one, or name another run.")
     found = Checkpoints(run, read_only=True)
     if found.latest_step is None:
         raise InputError(f"{run} holds no complete checkpoint. Let its training go on until it has saved one.")
@@ -128,8 +147,53 @@ def run_checkpoints(run: Path) -> Checkpoints:
 
 def find_run(name: str, workdir: Path) -> Path:
     """The folder of the run that a config names: relative to `workdir` (`../n2-warmup`), else to the current folder."""
-    beside = workdir / name
+    # Normalised as text: the workdir itself may not exist yet.
+    beside = Path(os.path.normpath(workdir / name))
     return beside if beside.exists() else Path(name)
+
+
+def newest_step(run: Path) -> int | None:
+    """The step of the newest complete checkpoint of the run in `run`; None if there is none, or no such folder."""
+    if not (run / FOLDER).is_dir():
+        return None
+    with contextlib.closing(Checkpoints(run, read_only=True)) as found:
+        return found.latest_step
+
+
+def match(
+    run: Path, params: Any, key: str = "init_from", fresh: tuple[str, ...] = FRESH_HEADS
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Checks that a network with the parameters `params` (abstract or real) can start from the run in `run`.
+
+    Args:
+      run: its folder.
+      params: of the network, with shapes.
+      key: config key that names the run, for the error.
+      fresh: what may be missing there or have another shape, by default a task head.
+
+    Returns:
+      The shapes of all parameters there, by path; and the paths that both networks share.
+
+    Raises:
+      InputError: there is no checkpoint, or other leaves are missing, surplus or misshapen; all of them are listed.
+    """
+    with contextlib.closing(run_checkpoints(run)) as source:
+        theirs = source.param_shapes()
+    ours = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
+    shared = {path for path in ours if ours[path] == theirs.get(path)}
+    wrong = {path for path in (ours.keys() | theirs.keys()) - shared if not path.startswith(fresh)}
+    if wrong:
+        missing = sorted(wrong - theirs.keys())
+        surplus = sorted(wrong - ours.keys())
+        misshapen = [
+            f"{path} is {theirs[path]} there and {ours[path]} here" for path in sorted(wrong & ours.keys() & theirs.keys())
+        ]
+        raise InputError(
+            f"{key} = {str(run)!r} does not fit this model. Missing there: {', '.join(missing) or 'nothing'}. Surplus there: "
+            f"{', '.join(surplus) or 'nothing'}. Other shapes: {'; '.join(misshapen) or 'none'}. Use a run with the same num_instances "
+            "and the same model, mux and demux settings."
+        )
+    return theirs, shared
 
 
 def init_from(run: Path, params: Any) -> Any:
@@ -140,36 +204,20 @@ def init_from(run: Path, params: Any) -> Any:
       params: this run's fresh parameters, sharded.
 
     Returns:
-      `params`, with every leaf that `run` has replaced. A task head (`FRESH_HEADS`) may be missing there or have another shape.
+      `params`, with every leaf that both share taken from `run`.
 
     Raises:
-      InputError: other missing, surplus or misshapen leaves; all of them are listed.
+      InputError: as `match`.
     """
-    source = run_checkpoints(run)
-    theirs, ours = source.param_shapes(), {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
-    fresh = {
-        path for path in ours.keys() | theirs.keys() if path.startswith(FRESH_HEADS) and ours.get(path) != theirs.get(path)
-    }
-    missing = sorted(ours.keys() - theirs.keys() - fresh)
-    surplus = sorted(theirs.keys() - ours.keys() - fresh)
-    misshapen = sorted(path for path in ours.keys() & theirs.keys() - fresh if ours[path] != theirs[path])
-    if missing or surplus or misshapen:
-        details = [f"{path} is {theirs[path]} there and {ours[path]} here" for path in misshapen]
-        raise InputError(
-            f"init_from = {str(run)!r} does not fit this model. Missing there: {', '.join(missing) or 'nothing'}. Surplus there: "
-            f"{', '.join(surplus) or 'nothing'}. Other shapes: {'; '.join(details) or 'none'}. Use a run with the same num_instances "
-            "and the same model, mux and demux settings."
-        )
-    shared = [path for path in ours if path not in fresh]
-    flat = _flat(params)
-    whole = {
-        path: jax.ShapeDtypeStruct(
-            shape, flat[path].dtype if path in flat else "float32", sharding=flat[path].sharding if path in shared else None
-        )
+    theirs, shared = match(run, params)
+    ours = _flat(params)
+    wanted = {
+        path: jax.ShapeDtypeStruct(shape, "float32", sharding=ours[path].sharding if path in shared else None)
         for path, shape in theirs.items()
     }
-    loaded = _flat(source.restore_params(_nested(whole)))
-    return _nested({path: loaded[path] if path in shared else flat[path] for path in ours})
+    with contextlib.closing(run_checkpoints(run)) as source:
+        loaded = _flat(source.restore_params(_nested(wanted)))
+    return _nested({path: loaded[path] if path in shared else leaf for path, leaf in ours.items()})
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from datamux_jax.demux import DEMUX
@@ -57,52 +58,34 @@ def validate(config: Any) -> None:
         raise InputError("task_loss_coeff = 0 leaves nothing to classify. Use objective = 'retrieval' for the warm-up.")
 
 
+POSITIVE = (
+    *("num_instances", "batch_groups", "steps", "log_every", "retrieval_percentage"),
+    *("checkpoint.every", "checkpoint.keep", "eval.groupings", "eval.batch_groups", "benchmark.windows", "benchmark.seconds"),
+    *("model.hidden_size", "model.num_layers", "model.num_heads", "model.mlp_dim", "model.layer_norm_eps", "demux.num_layers"),
+    *("optimizer.learning_rate", "optimizer.eps"),
+)
+NOT_NEGATIVE = (
+    *("seed", "data.length", "mux.norm", "retrieval_loss_coeff", "task_loss_coeff"),
+    *("model.embedding_size", "model.init_stddev", "model.type_vocab_size"),
+    *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.grad_clip"),
+)
+BELOW_ONE = ("model.dropout_rate", "model.attention_dropout_rate", "optimizer.b1", "optimizer.b2")
+
+
 def _numbers(config: Any) -> None:
-    positive = [
-        "num_instances",
-        "batch_groups",
-        "steps",
-        "log_every",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "eval.groupings",
-        "eval.batch_groups",
-        "model.hidden_size",
-        "model.num_layers",
-        "model.num_heads",
-        "model.mlp_dim",
-        "demux.num_layers",
-        "optimizer.learning_rate",
-        "benchmark.windows",
-        "benchmark.seconds",
-    ]
-    not_negative = [
-        "seed",
-        "data.length",
-        "mux.norm",
-        "optimizer.warmup_steps",
-        "optimizer.weight_decay",
-        "optimizer.grad_clip",
-        "retrieval_loss_coeff",
-        "task_loss_coeff",
-        "model.dropout_rate",
-        "model.attention_dropout_rate",
-        "model.embedding_size",
-        "model.init_stddev",
-        "model.type_vocab_size",
-        "retrieval_percentage",
-    ]
-    for key in positive:
-        if not _get(config, key) > 0:
-            raise InputError(f"{key} = {_get(config, key)} is not positive. Set it to a number above 0.")
-    for key in not_negative:
-        if not _get(config, key) >= 0:
-            raise InputError(f"{key} = {_get(config, key)} is negative. Set it to 0 or more.")
-    for key in ("model.dropout_rate", "model.attention_dropout_rate"):
-        if not _get(config, key) < 1:
-            raise InputError(f"{key} = {_get(config, key)} would drop everything. Set it below 1.")
+    for key in POSITIVE:
+        if not 0 < _get(config, key) < math.inf:
+            raise InputError(f"{key} = {_get(config, key)} is not positive and finite. Set it to a number above 0.")
+    for key in NOT_NEGATIVE:
+        if not 0 <= _get(config, key) < math.inf:
+            raise InputError(f"{key} = {_get(config, key)} is negative or not finite. Set it to 0 or more.")
+    for key in BELOW_ONE:
+        if not 0 <= _get(config, key) < 1:
+            raise InputError(f"{key} = {_get(config, key)} is not between 0 and 1. Set it to 0 or more, and below 1.")
+    if config.seed >= 2**32:
+        raise InputError(f"seed = {config.seed} does not fit into 32 bits. Choose one below {2**32}.")
     if config.retrieval_percentage > 1:
-        raise InputError(f"retrieval_percentage = {config.retrieval_percentage} is a share. Set it between 0 and 1.")
+        raise InputError(f"retrieval_percentage = {config.retrieval_percentage} is a share. Set it above 0, and to 1 at most.")
 
 
 def _get(config: Any, dotted: str) -> Any:

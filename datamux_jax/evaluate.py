@@ -9,15 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import metrics, sharding, workdir
+from datamux_jax import checkpoint, metrics, sharding, workdir
 from datamux_jax.data import pipeline
-from datamux_jax.errors import InputError
+from datamux_jax.errors import InputError, choose
 from datamux_jax.model import call
 from datamux_jax.objectives import every_retrieval, task_loss
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run, load_run
-
-EVAL = "eval.json"
 
 
 def evaluation_step(run: Run) -> Callable[[Any, Any], Any]:
@@ -59,9 +57,7 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
     if groupings < 1:
         raise InputError(f"--groupings={groupings} leaves nothing to measure. Ask for at least 1.")
     _, splits = pipeline.load(run.config)
-    if split not in splits:
-        raise InputError(f"--split={split!r} does not exist. Choose one of: {', '.join(splits)}.")
-    arrays = splits[split]
+    arrays = splits[choose(splits, split, "The split")]
     step = evaluation_step(run)
     groups = -(-run.config.eval.batch_groups // run.mesh.size) * run.mesh.size
     per_grouping = []
@@ -93,18 +89,24 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
     }
 
 
-def evaluate_run(path: Path, *, split: str = "", groupings: int = 0, label: str = "evaluate") -> dict[str, Any]:
-    """Evaluates the run in `path` and writes `eval.json` there; defaults are those of its config.
+def suffix(config: Any, split: str, groupings: int) -> str:
+    """What tells the files of an evaluation with other settings than the config's from the usual ones."""
+    usual = (split, groupings) == (config.eval.split, config.eval.groupings)
+    return "" if usual else f"-{split}-{groupings}"
 
-    An evaluation that is on disk already, of the same step and settings, is returned as it is.
+
+def evaluate_run(path: Path, *, split: str = "", groupings: int = 0, label: str = "evaluate") -> dict[str, Any]:
+    """Evaluates the run in `path` and writes `eval.json` there; other settings than those of its config get a file of their own.
+
+    An evaluation that is on disk already, of the same step, is returned as it is.
     """
     config = workdir.load_config(path)
     split, groupings = split or config.eval.split, groupings or config.eval.groupings
-    run = load_run(path)
-    if (path / EVAL).exists():
-        old = workdir.read_json(path / EVAL)
-        if (old["step"], old["split"], old["groupings"]) == (run.step, split, groupings):
+    file = path / f"eval{suffix(config, split, groupings)}.json"
+    if file.exists():
+        old = workdir.read_json(file)
+        if old.get("step") == checkpoint.newest_step(path):
             return old
-    result = evaluate(run, split=split, groupings=groupings, label=label)
-    workdir.write_json(path / EVAL, result)
+    result = evaluate(load_run(path), split=split, groupings=groupings, label=label)
+    workdir.write_json(file, result)
     return result

@@ -6,20 +6,23 @@ that is finished stays finished: the same command after an interruption goes on 
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from datamux_jax import report, workdir
+from datamux_jax import checkpoint, report, workdir
 from datamux_jax.baselines import BASELINES
 from datamux_jax.benchmark import throughput
-from datamux_jax.config import validate
+from datamux_jax.checkpoint import newest_step
+from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
-from datamux_jax.evaluate import evaluate_run
+from datamux_jax.evaluate import evaluate_run, suffix
 from datamux_jax.runs import load_run
-from datamux_jax.train import train
+from datamux_jax.train import prepare, train
 
 MEASURED = "measured.json"
 
@@ -36,15 +39,22 @@ def expand(config: ml_collections.ConfigDict, flags: Mapping[str, Any] | None = 
     """
     if not config.runs:
         return {"": config}
+    if not isinstance(config.runs, tuple | list):
+        raise InputError(f"runs = {config.runs!r} is no list of names. Leave it to the config file.")
+    for name in (*config.runs, *config.overrides):
+        if name not in config.runs or not re.fullmatch(r"[\w-]+", name) or name == checkpoint.FOLDER:
+            raise InputError(
+                f"{name!r} is no name of a run, or only overrides name it. Run names are letters, digits, '_' and '-', and each key of "
+                f"overrides is one of runs = {tuple(config.runs)}."
+            )
     runs = {}
     for name in config.runs:
         run = config.copy_and_resolve_references()
         with run.unlocked():
             run.runs, run.overrides = (), ml_collections.ConfigDict()
         run.lock()
-        override = config.overrides.get(name, {})
-        changes = workdir.flatten(override.to_dict() if override else {})
-        for key, value in changes.items():
+        changes = config.overrides[name].to_dict() if name in config.overrides else {}
+        for key, value in workdir.flatten(changes).items():
             if key not in (flags or {}):
                 set_key(run, key, value, f"overrides.{name}")
         runs[name] = run
@@ -88,44 +98,68 @@ def run(config: ml_collections.ConfigDict, folder: str | Path, flags: Mapping[st
     """
     folder = Path(folder)
     runs = expand(config, flags)
-    for one in runs.values():
-        validate(one)
+    todo = {name: one for name, one in runs.items() if newest_step(folder / name) != one.steps}
+    needed = sum(prepare(one).needed_bytes for one in todo.values())
     if config.baseline:
         choose(BASELINES, config.baseline, "The config value baseline =")
-    if config.runs:
-        workdir.claim(folder, config, needed_bytes=20_000_000)
-    for name, one in runs.items():
-        train(one, folder / name, label=name or "train")
-        evaluate_run(folder / name, label=f"{name} evaluate".strip())
-    return compare(folder)
+        for one in runs.values():
+            if not pipeline.load(one)[0].vocab_size:
+                raise InputError(
+                    f"baseline = {config.baseline!r} reads texts, but data.source = {one.data.source!r} has none. Drop it."
+                )
+    with contextlib.ExitStack() as stack:
+        if config.runs:
+            workdir.claim(folder, config, needed_bytes=needed)
+            stack.enter_context(workdir.lock(folder))
+        for name, one in runs.items():
+            train(one, folder / name, label=name or "train")
+            evaluate_run(folder / name, label=f"{name} evaluate".strip())
+        return compare(folder)
 
 
-def compare(folder: Path, *, split: str = "", groupings: int = 0, again: bool = False) -> dict[str, Any]:
+def compare(folder: Path, *, split: str = "", groupings: int = 0) -> dict[str, Any]:
     """Evaluates all runs of the experiment (or the single run) in `folder`, measures what is missing, writes the report.
 
     Args:
       folder: the workdir.
       split: to evaluate on; default: the config's.
       groupings: of the evaluation; default: the config's.
-      again: measure throughput again, also where it is on disk.
+
+    Raises:
+      InputError: no such folder or split, or a run without a checkpoint.
     """
     config = workdir.load_config(folder)
+    split, groupings = split or config.eval.split, groupings or config.eval.groupings
     names = list(config.runs) or [""]
     scores = {
         name: evaluate_run(folder / name, split=split, groupings=groupings, label=f"{name} evaluate".strip()) for name in names
     }
-    loaded = {name: load_run(folder / name) for name in names}
-    classifiers = {name: run for name, run in loaded.items() if run.config.objective == "classification"}
-    steps = {name: run.step for name, run in loaded.items()}
-    saved = folder / MEASURED
-    measured = workdir.read_json(saved) if saved.exists() and not again else {}
-    if measured.get("steps") != steps:
-        measured = {
-            "steps": steps,
-            "throughput": throughput(classifiers, windows=config.benchmark.windows, seconds=config.benchmark.seconds),
-        }
-        if config.baseline:
-            print(f"baseline  {config.baseline}: fitting", flush=True)
-            measured["baseline"] = BASELINES[config.baseline](next(iter(loaded.values())).config)
-        workdir.write_json(saved, measured)
-    return report.write(folder, config, scores, measured, {name: run.config for name, run in loaded.items()})
+    configs = {name: workdir.load_config(folder / name) for name in names}
+    measured = _measured(folder, config, configs, {name: score["step"] for name, score in scores.items()})
+    contents = {"throughput": measured["throughput"]}
+    if config.baseline:
+        contents["baseline"] = _baseline(folder, config, configs, measured, split)
+    return report.write(folder, config, scores, contents, configs, suffix(config, split, groupings))
+
+
+def _measured(folder: Path, config: Any, configs: Mapping[str, Any], steps: Mapping[str, int]) -> dict[str, Any]:
+    """What was measured beside accuracy, from disk if it belongs to the same checkpoints."""
+    file = folder / MEASURED
+    if file.exists():
+        old = workdir.read_json(file)
+        if old.get("steps") == steps:
+            return old
+    classifiers = {name: load_run(folder / name) for name, one in configs.items() if one.objective == "classification"}
+    speed = throughput(classifiers, windows=config.benchmark.windows, seconds=config.benchmark.seconds)
+    measured = {"steps": dict(steps), "throughput": speed, "baseline": {}}
+    workdir.write_json(file, measured)
+    return measured
+
+
+def _baseline(folder: Path, config: Any, configs: Mapping[str, Any], measured: dict[str, Any], split: str) -> dict[str, Any]:
+    """The plain baseline on `split`, fitted once."""
+    if split not in measured["baseline"]:
+        print(f"baseline  {config.baseline}: fitting", flush=True)
+        measured["baseline"][split] = BASELINES[config.baseline](next(iter(configs.values())), split)
+        workdir.write_json(folder / MEASURED, measured)
+    return measured["baseline"][split]

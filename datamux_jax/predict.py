@@ -55,6 +55,7 @@ class Predictor:
 
     @property
     def labels(self) -> tuple[str, ...]:
+        """Label names, in the order of `probabilities`."""
         return self.run.format.label_names
 
     def batches(self, arrays: pipeline.Arrays, *, shuffle: bool = False) -> Iterator[tuple[np.ndarray, Any]]:
@@ -71,9 +72,7 @@ class Predictor:
         Raises:
           InputError: the inputs are not what the model reads.
         """
-        if isinstance(inputs, str):
-            raise InputError(f"Got the single string {inputs!r}. Pass a list: predictor([{inputs!r}]).")
-        if not len(inputs):
+        if isinstance(inputs, list | tuple | np.ndarray) and np.shape(inputs)[:1] == (0,):
             return np.zeros((0, len(self.labels)), np.float32)
         arrays = self.run.format.encode(inputs)
         parts = [self.forward(self.run.params, batch) for _, batch in self.batches(arrays)]

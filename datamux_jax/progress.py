@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -52,6 +53,7 @@ class Progress:
 
     def _show(self, line: str) -> None:
         if self._terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]  # A wrapped line cannot be rewritten.
             print("\r" + line.ljust(self._width), end="", flush=True)
             self._width = len(line)
         else:

@@ -13,7 +13,9 @@ from datamux_jax import workdir
 Scores = dict[str, dict[str, Any]]
 
 
-def write(folder: Path, config: Any, scores: Scores, measured: dict[str, Any], configs: dict[str, Any]) -> dict[str, Any]:
+def write(
+    folder: Path, config: Any, scores: Scores, measured: dict[str, Any], configs: dict[str, Any], suffix: str = ""
+) -> dict[str, Any]:
     """Writes the three files and prints the table.
 
     Args:
@@ -22,20 +24,20 @@ def write(folder: Path, config: Any, scores: Scores, measured: dict[str, Any], c
       scores: evaluation of each run, by name.
       measured: `throughput` of each classifier, by name; `baseline`, if there is one.
       configs: of each run.
+      suffix: between `report` and the ending of the files' names.
 
     Returns:
       What `report.json` holds.
     """
     contents = {"title": config.title or "Run", "scores": scores, **measured}
     text = markdown(contents, configs)
-    workdir.write_json(folder / "report.json", contents)
-    workdir.write_text(folder / "report.md", text)
-    print("\n" + text)
+    files = [folder / f"report{suffix}{ending}" for ending in (".md", ".json", ".png")]
+    workdir.write_text(files[0], text)
+    workdir.write_json(files[1], contents)
     if measured["throughput"]:
-        plot(folder / "report.png", contents)
-        print(f"Written to {folder / 'report.md'} and {folder / 'report.png'}", flush=True)
-    else:
-        print(f"Written to {folder / 'report.md'}", flush=True)
+        plot(files[2], contents)
+    print("\n" + text)
+    print("Written to " + ", ".join(str(file) for file in files if file.exists()), flush=True)
     return contents
 
 
@@ -113,9 +115,9 @@ def plot(path: Path, contents: dict[str, Any]) -> None:
     axes.set_ylabel("test accuracy, %")
     axes.set_title(contents["title"])
     axes.grid(alpha=0.3)
-    figure.savefig(path.with_name(path.name + ".tmp"), dpi=150, format="png")
+    with workdir.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
-    path.with_name(path.name + ".tmp").replace(path)
 
 
 def _with_std(score: dict[str, Any], name: str) -> str:

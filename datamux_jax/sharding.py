@@ -70,6 +70,23 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 
+def check_divides(boxed: Any, mesh: Mesh) -> None:
+    """Raises InputError if an axis of the boxed, abstract tree does not divide over the mesh axis that it is split on."""
+
+    def check(path: Any, leaf: Any, where: NamedSharding) -> None:
+        try:
+            where.shard_shape(leaf.shape)
+        except ValueError as error:
+            sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise InputError(
+                f"The parameter {name} of shape {leaf.shape} does not divide over the mesh "
+                f"({sizes}), which splits it as {where.spec}. Change model sizes, or the mesh."
+            ) from error
+
+    jax.tree_util.tree_map_with_path(check, unbox(boxed), shardings(boxed, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Groups, the leading axis of every batch array, split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

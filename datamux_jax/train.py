@@ -16,11 +16,12 @@ from typing import Any
 import flax
 import jax
 import numpy as np
+import optax
 
 from datamux_jax import checkpoint, metrics, optimizer, sharding, workdir
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
-from datamux_jax.errors import InputError, Interrupted
+from datamux_jax.errors import InputError, Interrupted, choose
 from datamux_jax.model import MultiplexedTransformer, build, init_params
 from datamux_jax.objectives import OBJECTIVES, Objective
 from datamux_jax.progress import Progress
@@ -69,6 +70,7 @@ def make_step(objective: Objective, tx: Any, state: TrainState, mesh: jax.shardi
         key = jax.random.fold_in(state.key, state.step)
         rngs = {"dropout": jax.random.fold_in(key, 0), "corruption": jax.random.fold_in(key, 1)}
         (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, batch, rngs, True)
+        sums = {**sums, "gradient_norm": (optax.tree.norm(grads), jax.numpy.ones(()))}
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.key), sums
@@ -82,45 +84,106 @@ def make_step(objective: Objective, tx: Any, state: TrainState, mesh: jax.shardi
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run that is known to be possible: config, data, network and mesh fit together. Nothing is written or computed yet."""
+
+    config: Any
+    mesh: jax.sharding.Mesh
+    format: pipeline.Format
+    arrays: pipeline.Arrays
+    model: MultiplexedTransformer
+    tx: Any
+    make: Callable[[jax.Array], TrainState]
+
+    @property
+    def abstract(self) -> TrainState:
+        """Shapes of the state."""
+        return jax.eval_shape(lambda key: sharding.unbox(self.make(key)), jax.random.key(0))
+
+    @property
+    def needed_bytes(self) -> int:
+        """Disk that the run's checkpoints take: those kept and the one being written; and some room for the rest."""
+        state = sum(leaf.size * 4 for leaf in jax.tree.leaves(self.abstract))
+        return state * (self.config.checkpoint.keep + 1) + 20_000_000
+
+
+def prepare(config: Any) -> Plan:
+    """Checks the config against itself, the data and this machine.
+
+    Raises:
+      InputError: something does not fit.
+    """
+    validate(config)
+    mesh = sharding.make_mesh(config, config.batch_groups)
+    fmt, splits = pipeline.load(config)
+    for key in ("data.train_split", "eval.split"):
+        section, name = key.split(".")
+        choose(splits, config[section][name], f"The split {key} =")
+    if not fmt.vocab_size and (config.objective == "retrieval" or config.retrieval_loss_coeff):
+        raise InputError(
+            f"Token retrieval (objective = {config.objective!r}, retrieval_loss_coeff = {config.retrieval_loss_coeff}) needs "
+            f"tokens, but the data source {config.data.source!r} has feature vectors. Use a text source, or no retrieval."
+        )
+    if fmt.vocab_size and config.model.embedding_size not in (0, config.model.hidden_size):
+        raise InputError(
+            f"model.embedding_size = {config.model.embedding_size} differs from model.hidden_size = {config.model.hidden_size}, but "
+            "the vocabulary head is tied to the word embeddings and reads hidden states. Set embedding_size to 0."
+        )
+    model = build_model(config, fmt)
+    tx = optimizer.make(config)
+    plan = Plan(config, mesh, fmt, splits[config.data.train_split], model, tx, state_maker(config, fmt, model, tx))
+    sharding.check_divides(jax.eval_shape(plan.make, jax.random.key(0)), mesh)
+    return plan
+
+
 def train(config: Any, run: Path, *, label: str = "train") -> None:
     """Trains the run that `config` describes in the folder `run`, from wherever it stands; returns at once if it is done.
 
     Start precedence: the folder's own checkpoint, then `config.resume`, then `config.init_from`, then scratch.
 
     Raises:
-      InputError: the config, the data or the folder is wrong; nothing has been written then.
+      InputError: the config, the data, the folder or the run to start from is wrong; nothing has been written then.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    validate(config)
-    mesh = sharding.make_mesh(config, config.batch_groups)
-    fmt, splits = pipeline.load(config)
-    arrays = splits[_split(config.data.train_split, splits)]
-    model = build_model(config, fmt)
-    if config.objective == "retrieval" and not fmt.vocab_size:
-        raise InputError(
-            f"objective = 'retrieval' needs tokens, but the data source {config.data.source!r} has feature vectors. Use a text source."
-        )
-    tx = optimizer.make(config)
-    make = state_maker(config, fmt, model, tx)
-    state_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(jax.eval_shape(make, jax.random.key(0))))
-    workdir.claim(run, config, needed_bytes=state_bytes * (config.checkpoint.keep + 1) + 20_000_000)
+    plan = prepare(config)
+    done = checkpoint.newest_step(run)
+    if done is None:
+        _check_start(plan, run)
+    workdir.claim(run, config, needed_bytes=0 if done == config.steps else plan.needed_bytes)
+    if done == config.steps:
+        return
     with workdir.lock(run):
-        workdir.write_json(run / FORMAT, flax.serialization.to_state_dict(vars(fmt)) | {"label_names": list(fmt.label_names)})
-        saves = checkpoint.Checkpoints(run, config.checkpoint.keep)
-        with contextlib.closing(saves):
-            data = pipeline.train_iterator(
-                arrays,
-                groups=config.batch_groups,
-                instances=config.num_instances,
-                seed=config.seed,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
+        workdir.write_json(run / FORMAT, dataclasses.asdict(plan.format))
+        data = pipeline.train_iterator(
+            plan.arrays,
+            groups=config.batch_groups,
+            instances=config.num_instances,
+            seed=config.seed,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        with contextlib.closing(checkpoint.Checkpoints(run, config.checkpoint.keep)) as saves:
+            fresh = born_sharded(plan.make, config.seed, plan.mesh)
+            state = initial_state(config, run, saves, fresh, data)
+            step = make_step(OBJECTIVES[config.objective](plan.model, config), plan.tx, state, plan.mesh)
+            _loop(config, run, label, state, step, data, saves, plan.mesh)
+
+
+def _check_start(plan: Plan, run: Path) -> None:
+    """Raises InputError if the run named by `resume` or `init_from` is missing or does not fit, before anything is written."""
+    config = plan.config
+    if config.resume:
+        source = checkpoint.find_run(config.resume, run)
+        checkpoint.match(source, plan.abstract.params, "resume", fresh=())
+        at = checkpoint.newest_step(source)
+        if at is not None and at >= config.steps:
+            raise InputError(
+                f"resume = {str(source)!r} stands at step {at}, so nothing is left to do with steps = {config.steps}. Raise steps, or "
+                "use init_from to start another training from its parameters."
             )
-            if saves.latest_step == config.steps:
-                return
-            state = initial_state(config, run, saves, born_sharded(make, config.seed, mesh), data)
-            step = make_step(OBJECTIVES[config.objective](model, config), tx, state, mesh)
-            _loop(config, run, label, state, step, data, saves, mesh)
+    elif config.init_from:
+        checkpoint.match(checkpoint.find_run(config.init_from, run), plan.abstract.params)
 
 
 def initial_state(config: Any, run: Path, saves: checkpoint.Checkpoints, fresh: TrainState, data: Any) -> TrainState:
@@ -159,7 +222,7 @@ def _loop(
     log = MetricsLog(run / "metrics.jsonl", done, config)
     progress = Progress(label, config.steps, done)
     pending = None
-    with stop_signals() as stop:
+    with stop_signals() as stop, contextlib.closing(progress):
         while done < config.steps and not stop():
             state, sums = step(state, sharding.put_batch(next(data), mesh))
             if pending is not None:
@@ -168,7 +231,7 @@ def _loop(
             elif done + 1 < config.steps:
                 jax.block_until_ready(sums)  # The first step compiles; the clock starts after it.
                 progress.restart_clock(done + 1)
-                log.restart_clock()
+                log.restart_clock(done + 1)
             pending, done = sums, done + 1
             if done % config.checkpoint.every == 0 and done < config.steps:
                 log.check(jax.device_get(pending), done)
@@ -176,7 +239,6 @@ def _loop(
                 saved = done
         if pending is not None:
             progress.update(done, log.add(done, jax.device_get(pending)))
-    progress.close()
     if done > saved:
         saves.save(done, state.params, _rest(state), data)
     saves.wait()
@@ -200,8 +262,9 @@ class MetricsLog:
             lines = path.read_text(encoding="utf-8").splitlines()
             workdir.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
 
-    def restart_clock(self) -> None:
-        self._clock = time.monotonic()
+    def restart_clock(self, done: int) -> None:
+        """Forgets the time up to step `done`: compilation says nothing about the rate."""
+        self._clock, self._since = time.monotonic(), done
 
     def check(self, sums: Any, done: int) -> None:
         """Raises InputError, naming step and term, if a sum is not finite."""
@@ -238,7 +301,7 @@ class MetricsLog:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf  # A line cut short by a kill.
 
 
@@ -248,12 +311,6 @@ def _summary(means: dict[str, Any], rate: float) -> str:
         if means.get(name) is not None:
             shown.append(f"{short} {means[name]:.1%}")
     return "  ".join([*shown, f"{rate:,.0f} instances/s"])
-
-
-def _split(name: str, splits: Any) -> str:
-    if name not in splits:
-        raise InputError(f"data.train_split = {name!r} does not exist. Choose one of: {', '.join(splits)}.")
-    return name
 
 
 @contextlib.contextmanager

@@ -25,15 +25,29 @@ import ml_collections
 from datamux_jax.errors import InputError
 
 CONFIG = "config.json"
+LOCK = ".lock"
+TEMPORARY = ".tmp"
 # May differ between the saved and the given config: they change no number of the run.
-FREE_KEYS = ("log_every", "checkpoint.", "mesh.", "benchmark.")
+FREE_KEYS = ("log_every", "checkpoint.", "mesh.")
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; what was written there takes the place of `path` at the end, unless it failed."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,9 +61,12 @@ def read_json(path: Path) -> Any:
       InputError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"Cannot read {path}: {error}. Restore the file, or start again in a new folder.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"Cannot read {path}: it holds no JSON object. Restore the file, or start again in a new folder.")
+    return value
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -64,7 +81,7 @@ def load_config(run: Path) -> ml_collections.ConfigDict:
       InputError: the folder is missing or is not a run.
     """
     if not (run / CONFIG).is_file():
-        problem = f"holds no {CONFIG}" if run.is_dir() else "does not exist"
+        problem = f"holds no {CONFIG}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise InputError(f"{run} is not the folder of a run: it {problem}. Pass the --workdir of a training run.")
     return ml_collections.ConfigDict(read_json(run / CONFIG))
 
@@ -89,14 +106,15 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, needed_bytes: int) -
     """
     if (workdir / CONFIG).exists():
         _same_config(workdir, config)
-    elif workdir.exists() and (not workdir.is_dir() or any(p.name != ".lock" for p in workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or set(os.listdir(workdir)) - {LOCK, CONFIG + TEMPORARY}):
         raise InputError(
             f"--workdir={workdir} exists and is not the folder of a run (it holds no {CONFIG}), so nothing is written there. "
             "Choose a new or empty folder."
         )
     existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"--workdir={workdir} cannot be written: no permission in {existing}. Choose another folder.")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "no permission in" if existing.is_dir() else "this is a file:"
+        raise InputError(f"--workdir={workdir} cannot be written: {problem} {existing}. Choose another folder.")
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise InputError(
@@ -130,10 +148,10 @@ def lock(workdir: Path) -> Iterator[None]:
     Raises:
       InputError: another process holds it.
     """
-    with open(workdir / ".lock", "w") as handle:
+    with open(workdir / LOCK, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(
                 f"Another process is training in --workdir={workdir}. Wait for it, stop it, or choose another folder."
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging as python_logging
 import os
 import re
@@ -21,7 +22,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     # Below these levels nothing concerns the person who runs the command.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -38,6 +39,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             sys.exit(130)
         except BrokenPipeError:
             sys.exit(1)
+        except OSError as error:
+            way_out = "Free some space" if error.errno == errno.ENOSPC else "Check the path, its permissions and the disk"
+            _fail(f"{error}. {way_out}, and give the same command again; what was saved before is good.")
 
     app.run(guarded, flags_parser=_parse)
 
@@ -54,8 +58,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
             f"The config file cannot be read: {_first_line(error)}. Give its path, for instance --config=configs/quickstart.py."
         )
     except AttributeError as error:
-        problem = _first_line(error).replace("\\n", " ").replace("\\'", "").strip("'").replace("' Did", "' does not exist. Did")
-        _fail(f"A --config flag names a key that does not exist: {problem} configs/common.py lists all keys.")
+        problem = " ".join(_first_line(error).replace("\\n", " ").replace("\\'", "").strip("\"'").split())
+        name, _, hint = problem.partition(" Did you mean")
+        hint = f" Did you mean{hint}" if hint else ""
+        _fail(
+            f"A --config flag or the config file sets {name!r}, which is no config key.{hint} configs/common.py lists all keys."
+        )
     except Exception as error:
         # absl turns what a config file raises into text; our own errors end that text.
         _, ours, message = str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")

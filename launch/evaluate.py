@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     from datamux_jax import experiment  # Imports jax; bad flags are refused before.
 
-    experiment.compare(Path(WORKDIR.value), split=SPLIT.value, groupings=GROUPINGS.value, again=True)
+    experiment.compare(Path(WORKDIR.value), split=SPLIT.value, groupings=GROUPINGS.value)
 
 
 if __name__ == "__main__":

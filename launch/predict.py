@@ -7,6 +7,7 @@ Writes one line an input: label, probability, and the text (tab-separated).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,10 @@ def read_inputs(name: str) -> list[str] | np.ndarray:
     way_out = "Check the path and its permissions."
     try:
         if name.endswith(".npy"):
-            return np.load(name, allow_pickle=False)
+            array = np.load(name, allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("it holds no single array")
+            return array
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"--input={name} cannot be read: {error}. {way_out}") from error
@@ -61,13 +65,15 @@ def main(argv: Sequence[str]) -> None:
     output = None if OUTPUT.value == "-" else Path(OUTPUT.value)
     if output and output.exists():
         raise InputError(f"--output={output} exists and is not overwritten. Remove it, or choose another name.")
-    if output and not output.absolute().parent.is_dir():
-        raise InputError(f"--output={output} cannot be written: its folder does not exist. Make it first.")
+    if output and not os.access(output.absolute().parent, os.W_OK):
+        raise InputError(
+            f"--output={output} cannot be written: its folder does not exist, or may not be written. Choose another."
+        )
     inputs = read_inputs(INPUT.value)
     predictions = load(WORKDIR.value)(inputs)
     texts = inputs if isinstance(inputs, list) else [""] * len(inputs)
     rows = [
-        "\t".join([p.label, f"{p.probability:.4f}", *([text] if text else [])])
+        "\t".join([p.label, f"{p.probability:.4f}", *([text] if isinstance(inputs, list) else [])])
         for p, text in zip(predictions, texts, strict=True)
     ]
     text = "".join(row + "\n" for row in rows)

@@ -138,7 +138,9 @@ def test_wrong_data_settings_are_refused(changes, message):
         pipeline.load(small_config(**changes))
 
 
-@pytest.mark.parametrize("bad", [[["a"]], np.zeros((2, 8)), np.zeros((2, 4, 8)), [None], np.full((1, 8, 8), np.nan)])
+@pytest.mark.parametrize(
+    "bad", [[["a"]], np.zeros((2, 8)), np.zeros((2, 4, 8)), np.zeros(()), None, [None], np.full((1, 8, 8), np.nan)]
+)
 def test_wrong_features_are_refused(bad):
     fmt, _ = pipeline.load(small_config())
     with pytest.raises(InputError, match=r"shape|NaN"):
@@ -147,5 +149,5 @@ def test_wrong_features_are_refused(bad):
 
 def test_wrong_texts_are_refused():
     fmt, _ = pipeline.load(text_config())
-    with pytest.raises(InputError, match=r"got 3 of type int"):
+    with pytest.raises(InputError, match=r"an entry is 3 of type int"):
         fmt.encode(["a", 3])

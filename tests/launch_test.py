@@ -65,6 +65,12 @@ def test_train_evaluate_predict(tmp_path):
     assert all(label.isdigit() and 0 <= float(probability) <= 1 for label, probability in rows)
 
 
+def test_loading_from_python_is_quiet(text_run):
+    script = f"import datamux_jax; print(len(datamux_jax.load({str(text_run)!r})(['guten Morgen'])))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
 def test_predict_reads_lines_and_never_overwrites(text_run, tmp_path):
     output = tmp_path / "out.tsv"
     flags = [f"--workdir={text_run}", "--input=-", f"--output={output}"]
@@ -79,10 +85,14 @@ def test_predict_reads_lines_and_never_overwrites(text_run, tmp_path):
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [
-        ("train", ["--config=configs/quickstart.py", "--config.speed=3"], "speed"),
+        (
+            "train",
+            ["--config=configs/quickstart.py", "--config.speed=3"],
+            'sets \'speed\', which is no config key. Did you mean "seed" instead of "speed"?',
+        ),
         ("train", ["--config=configs/quickstart.py", "--config.mux.name=hadamar"], "'hadamar' does not exist"),
         ("train", ["--config=configs/quickstart.py:n=0"], "num_instances = 0 is not positive"),
-        ("train", ["--config=configs/quickstart.py:m=3"], "'m=3' does not exist"),
+        ("train", ["--config=configs/quickstart.py:m=3"], "'m=3' does not exist, or has no value"),
         ("train", ["--config=configs/none.py"], "config file cannot be read"),
         ("train", ["--config=configs/quickstart.py", "--config.steps=many"], "many"),
         ("train", ["--config=configs/quickstart.py", "--sped=3"], "sped"),

@@ -53,7 +53,13 @@ def test_prediction_equals_evaluation(tmp_path):
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
-    [("guten Morgen", "Pass a list"), ([b"bytes"], "of type bytes"), (np.zeros((2, 8, 8)), "reads texts")],
+    [
+        ("guten Morgen", "Pass a list"),
+        ([b"bytes"], "of type bytes"),
+        (np.zeros((2, 8, 8)), "reads a list of strings"),
+        (np.zeros(()), "reads a list of strings"),
+        (None, "reads a list of strings"),
+    ],
 )
 def test_wrong_inputs_are_refused(text_run, inputs, message):
     with pytest.raises(InputError, match=message):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 import pytest
 
 from datamux_jax import sharding
@@ -53,6 +55,14 @@ def test_every_mesh_gives_the_numbers_of_one_device():
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert "same numbers" in done.stdout, done.stderr[-3000:]
+
+
+def test_sizes_that_do_not_divide_over_the_mesh_are_refused():
+    from jax.sharding import AbstractMesh
+
+    boxed = {"word": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((260, 16), "float32"), ("vocab", "embed"))}
+    with pytest.raises(InputError, match=r"word of shape \(260, 16\) does not divide over the mesh"):
+        sharding.check_divides(boxed, AbstractMesh((1, 1, 8), sharding.AXES))
 
 
 @pytest.mark.parametrize("axes", [{"data": 2}, {"data": -1, "fsdp": -1}, {"data": 0}, {"data": -1, "fsdp": 3}])

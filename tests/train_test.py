@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -22,10 +23,6 @@ from tests.conftest import small_config, text_config
 
 def params_of(run):
     return load_run(run).params
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def lines(run):
@@ -74,7 +71,7 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, mak
             train(config, tmp_path / "parts")
     monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
     train(config, tmp_path / "parts")
-    assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
+    chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
     whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
     assert [line["step"] for line in parts][-1] == whole[-1]["step"]
     assert parts[-1]["loss"] == whole[-1]["loss"]
@@ -93,19 +90,20 @@ def test_killed_equals_uninterrupted_bit_for_bit(tmp_path):
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
     saves = tmp_path / "killed" / checkpoint.FOLDER
     deadline = time.monotonic() + 120
-    while not any(saves.glob("[0-9]*/commit_success.txt")) and time.monotonic() < deadline:
+    while not any(saves.glob("[0-9]*/commit_success.txt")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     train(config, tmp_path / "killed")
-    assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "killed"))
-    assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(10, 401, 10))
+    chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "killed"))
+    both = [[(line["step"], line["loss"]) for line in lines(tmp_path / name)] for name in ("whole", "killed")]
+    assert both[0] == both[1]
 
 
 def test_a_finished_run_is_left_alone(digits_run):
-    before = {p: p.stat().st_mtime_ns for p in digits_run.rglob("*") if p.is_file() and p.parent.name != "run"}
+    before = {p: p.stat().st_mtime_ns for p in digits_run.rglob("*") if p.is_file()}
     train(small_config(), digits_run)
-    assert before == {p: p.stat().st_mtime_ns for p in digits_run.rglob("*") if p.is_file() and p.parent.name != "run"}
+    assert before == {p: p.stat().st_mtime_ns for p in digits_run.rglob("*") if p.is_file()}
 
 
 def test_a_step_is_compiled_once(tmp_path, monkeypatch):
@@ -142,6 +140,25 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     with pytest.raises(InputError, match="not the folder of a run"):
         train(small_config(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_left_by_a_kill_at_the_very_start_is_taken(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.tmp").write_text("{")
+    train(small_config(), tmp_path / "run")
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="this is a file"):
+        train(small_config(), tmp_path / "file" / "run")
+
+
+def test_what_failed_half_way_leaves_the_old_file_and_no_rest(tmp_path):
+    workdir.write_text(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        workdir.write_text(tmp_path / "a", "new \ud800")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -182,7 +199,7 @@ def test_a_resumed_log_drops_lines_past_its_start(tmp_path):
 def test_init_from_takes_parameters_and_starts_at_step_zero(tmp_path, text_run):
     config = text_config(objective="retrieval", init_from=str(text_run), steps=2, optimizer__learning_rate=1e-30)
     train(config, tmp_path / "next")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), params_of(tmp_path / "next"), params_of(text_run))
+    chex.assert_trees_all_close(params_of(tmp_path / "next"), params_of(text_run), atol=1e-12)
 
 
 def test_resume_continues_the_whole_state(tmp_path, monkeypatch):
@@ -193,7 +210,7 @@ def test_resume_continues_the_whole_state(tmp_path, monkeypatch):
         train(config, tmp_path / "first")
     monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
     train(small_config(steps=8, checkpoint__every=2, resume=str(tmp_path / "first")), tmp_path / "second")
-    assert_same(params_of(tmp_path / "whole"), params_of(tmp_path / "second"))
+    chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "second"))
 
 
 def test_init_from_another_shape_lists_what_differs(tmp_path, text_run):
@@ -203,13 +220,22 @@ def test_init_from_another_shape_lists_what_differs(tmp_path, text_run):
         train(text_config(1, init_from=str(text_run)), tmp_path / "plain")
 
 
+def test_resume_must_leave_something_to_do_and_fit(tmp_path, digits_run):
+    with pytest.raises(InputError, match=r"stands at step 6, so nothing is left to do with steps = 6"):
+        train(small_config(resume=str(digits_run)), tmp_path / "run")
+    with pytest.raises(InputError, match=r"resume = .* does not fit this model.*demux/keys is \(2, 16\) there"):
+        train(small_config(3, resume=str(digits_run)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_init_from_nowhere_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no checkpoint yet"):
+    with pytest.raises(InputError, match="is not the folder of a run"):
         train(small_config(init_from="nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_retrieval_needs_tokens(tmp_path):
-    with pytest.raises(InputError, match=r"'retrieval' needs tokens.*Use a text source"):
+    with pytest.raises(InputError, match=r"needs tokens, but.*Use a text source"):
         train(small_config(objective="retrieval"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -57,11 +58,11 @@ class Format:
           InputError: the inputs are not what this format reads.
         """
         if self.tokenizer:
+            if isinstance(inputs, str) or not isinstance(inputs, Sequence):
+                raise InputError(f"This model reads a list of strings, but got {_short(inputs)}. Pass a list: [text, ...].")
             for text in inputs:
                 if not isinstance(text, str):
-                    raise InputError(
-                        f"This model reads texts, but got {text!r} of type {type(text).__name__}. Pass a list of strings."
-                    )
+                    raise InputError(f"This model reads a list of strings, but an entry is {_short(text)}. Pass strings only.")
             ids, mask = TOKENIZERS[self.tokenizer]().encode(list(inputs), self.length)
             return {"inputs": ids, "mask": mask}
         try:
@@ -178,6 +179,10 @@ def eval_batches(
     weight = (np.arange(index.size) < rows).astype(np.float32).reshape(index.shape)
     for rows_BxN, weight_BxN in zip(index, weight, strict=True):
         yield rows_BxN, _gather(arrays, rows_BxN, weight_BxN)
+
+
+def _short(value: Any) -> str:
+    return f"{reprlib.repr(value)} of type {type(value).__name__}".replace("\n", " ")
 
 
 def _gather(arrays: Arrays, index: np.ndarray, weight: np.ndarray) -> Arrays:

@@ -6,6 +6,7 @@ Both built-in sources are offline: they read what installed packages ship.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -123,6 +124,7 @@ def _leaves(node: Any) -> Iterator[str]:
 SOURCES: dict[str, Callable[[], Source]] = {"digits": digits, "cldr": cldr}
 
 
+@functools.lru_cache(maxsize=4)
 def load(name: str) -> Source:
     """Loads the source `name`, a key of `SOURCES`.
 
