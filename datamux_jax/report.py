@@ -10,6 +10,7 @@ import jax
 
 from datamux_jax import workdir
 
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 Scores = dict[str, dict[str, Any]]
 
 
@@ -105,7 +106,7 @@ def plot(path: Path, contents: dict[str, Any]) -> None:
     for name, at_x, at_y in zip(names, x, y, strict=True):
         score, speed = contents["scores"][name], contents["throughput"][name]
         label = f"N={score['num_instances']}  {at_y:.1f}%  {speed['ratio']:.1f}x"
-        axes.annotate(label, (at_x, at_y), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=9)
+        axes.annotate(label, (at_x, at_y), textcoords="offset points", xytext=(0, 11), ha="center", fontsize=9, bbox=BACKGROUND)
     if "baseline" in contents:
         level = 100 * contents["baseline"]["accuracy"]
         axes.axhline(level, color="grey", linestyle="--", linewidth=1)
@@ -114,6 +115,7 @@ def plot(path: Path, contents: dict[str, Any]) -> None:
     axes.set_xlabel("instances per second (median, device only)")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(contents["title"])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     with workdir.replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
