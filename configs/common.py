@@ -23,13 +23,19 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     # Training.
     c.seed = 0  # Of initialisation, data order, dropout and everything else that is drawn.
-    c.objective = "classification"  # Or "retrieval", the token-retrieval warm-up.
+    # "classification", "regression" or "tagging"; "retrieval", the token-retrieval warm-up; "mlm" or "electra", pre-training.
+    c.objective = "classification"
     c.num_instances = 1  # N, instances mixed into one row.
     c.batch_groups = 64  # B, mixed rows a step, all devices together; B * N examples a step.
     c.steps = 2000  # Updates in all.
-    c.task_loss_coeff = 1.0  # Weight of the task loss in "classification".
+    c.task_loss_coeff = (
+        1.0  # Weight of the task loss (MLM and replaced-token detection too), in all objectives but "retrieval".
+    )
     c.retrieval_loss_coeff = 0.0  # Weight of token retrieval beside it (text only; DataMUX: 0.9 and 0.1).
     c.retrieval_percentage = 1.0  # Share of positions that carry the retrieval loss.
+    c.mask_rate = 0.15  # Share of the tokens that MLM and ELECTRA ask for.
+    c.generator_loss_coeff = 1.0  # ELECTRA: weight of the generator's loss,
+    c.discriminator_loss_coeff = 50.0  # and of the discriminator's.
     c.dtype = "float32"  # Of the computation, or "bfloat16"; parameters and optimizer are always float32.
     c.resume = ""  # Folder of a run whose whole state (optimizer and data position too) a new run continues.
     c.init_from = ""  # Folder of a run whose parameters a new run starts from; relative to the workdir first.
@@ -43,11 +49,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.backbone = "encoder"
+    # "bert", "roberta" or "electra": positions, special tokens and heads (datamux_jax/families.py). configs/models.py has the sizes.
+    c.model.family = "bert"
     c.model.hidden_size = 128  # D
     c.model.num_layers = 3
     c.model.num_heads = 4
     c.model.mlp_dim = 512
     c.model.embedding_size = 0  # E, the width at which instances are mixed; 0: D.
+    c.model.max_positions = 0  # Rows of the position table; 0: as many as the data need.
+    c.model.tied_decoder = True  # The vocabulary decoder is the word embedding table; BERT: True, RoBERTa and ELECTRA: False.
     c.model.type_vocab_size = 0  # Token types (BERT: 2, of which type 0 is used).
     c.model.dropout_rate = 0.0
     c.model.attention_dropout_rate = 0.0
@@ -56,14 +66,25 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.model.pool = "mean"  # What classification reads: "first", "mean" or "demuxed_mean" (datamux_jax/model.py).
 
     c.mux = ml_collections.ConfigDict()
-    c.mux.name = "none"  # Or "gaussian_hadamard".
+    # Or "gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank", "contextual", "gaussian_attention".
+    c.mux.name = "none"
     c.mux.norm = 0.0  # L2 norm of the instance vectors; 0: sqrt(E), unit variance. Published code: 1, in warm-up 20.
+    c.mux.epsilon = 0.0  # Overlap of neighbouring chunks of "binary_hadamard", in chunks.
     c.mux.learned = False  # Train the multiplexer's own parameters.
 
     c.demux = ml_collections.ConfigDict()
-    c.demux.name = "none"  # Or "rsa".
-    c.demux.num_layers = 2  # Dense layers before the last one.
-    c.demux.form = "paper"  # LayerNorm after every layer; "released": as the published code has it, without.
+    c.demux.name = "none"  # Or "rsa", "index", "mlp".
+    c.demux.num_layers = 2  # K of "rsa", dense layers before the last one.
+    c.demux.form = "paper"  # Of "rsa": LayerNorm after every layer; "bert" or "electra": as the published code of that family.
+    c.demux.prefix = "extend"  # Of "index": the prefix makes rows longer; "cut": it takes the place of the last tokens.
+
+    c.generator = ml_collections.ConfigDict()  # ELECTRA's generator.
+    c.generator.kind = "uniform"  # Random tokens; or a learned one, "plain" or "muxed".
+    c.generator.hidden_size = 64
+    c.generator.num_layers = 3
+    c.generator.num_heads = 2
+    c.generator.mlp_dim = 256
+    c.generator.embedding_size = 0  # 0: that of the model. Equal sizes share the embeddings.
 
     c.optimizer = ml_collections.ConfigDict()  # AdamW.
     c.optimizer.learning_rate = 1e-3  # Peak.

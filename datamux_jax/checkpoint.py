@@ -18,8 +18,10 @@ from absl import logging
 from datamux_jax.errors import InputError
 
 FOLDER = "checkpoints"
-# May be absent from, or of another shape in, the parameters that a run starts from: a new task has a new head.
-FRESH_HEADS = ("classifier",)
+# May be absent from, surplus in, or of another shape in the parameters that a run starts from: a new task has a new head.
+HEADS = ("classifier/", "replaced_head/", "decoder/", "generator/")
+# May be absent besides if the run to start from is a plain network.
+MULTIPLEXING = ("mux/", "demux/")
 
 
 @contextlib.contextmanager
@@ -62,19 +64,17 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, params: Any, rest: Any, data: grain.DatasetIterator) -> None:
-        """Starts to save; returns as soon as the state is copied.
+    def save(self, step: int, params: Any, rest: Any = None, data: grain.DatasetIterator | None = None) -> None:
+        """Starts to save; returns as soon as the state is copied. Parameters alone make a run to start from, not to resume.
 
         Raises:
           InputError: the disk is full. The checkpoints before stay good.
         """
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            rest=ocp.args.StandardSave(rest),
-            data=grain.checkpoint.CheckpointSave(data),
-        )
+        items = {"params": ocp.args.StandardSave(params)}
+        if rest is not None:
+            items |= {"rest": ocp.args.StandardSave(rest), "data": grain.checkpoint.CheckpointSave(data)}
         with _explain_full_disk(self._folder):
-            self._manager.save(step, args=items, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, params: Any, rest: Any, data: grain.DatasetIterator) -> tuple[Any, Any]:
         """Restores the newest checkpoint: `(params, rest)`; the iterator's position is set in place.
@@ -161,7 +161,7 @@ def newest_step(run: Path) -> int | None:
 
 
 def match(
-    run: Path, params: Any, key: str = "init_from", fresh: tuple[str, ...] = FRESH_HEADS
+    run: Path, params: Any, key: str = "init_from", fresh: tuple[str, ...] = HEADS
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Checks that a network with the parameters `params` (abstract or real) can start from the run in `run`.
 
@@ -169,7 +169,8 @@ def match(
       run: its folder.
       params: of the network, with shapes.
       key: config key that names the run, for the error.
-      fresh: what may be missing there or have another shape, by default a task head.
+      fresh: what may be missing there, surplus or of another shape; by default heads. If heads may, a multiplexed network may start
+        from a plain one.
 
     Returns:
       The shapes of all parameters there, by path; and the paths that both networks share.
@@ -181,6 +182,8 @@ def match(
         theirs = source.param_shapes()
     ours = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
     shared = {path for path in ours if ours[path] == theirs.get(path)}
+    if fresh and not any(path.startswith(MULTIPLEXING) for path in theirs):
+        fresh = fresh + MULTIPLEXING
     wrong = {path for path in (ours.keys() | theirs.keys()) - shared if not path.startswith(fresh)}
     if wrong:
         missing = sorted(wrong - theirs.keys())

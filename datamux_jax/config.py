@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from datamux_jax.demux import DEMUX
+from datamux_jax.demux import DEMUX, RSA_FORMS
 from datamux_jax.errors import InputError, choose
+from datamux_jax.families import FAMILIES
 from datamux_jax.model import POOLS
 from datamux_jax.mux import MUX
 from datamux_jax.objectives import OBJECTIVES
 from datamux_jax.optimizer import SCHEDULES
 
 DTYPES = ("float32", "bfloat16")
-RSA_FORMS = ("paper", "released")
+GENERATORS = ("uniform", "plain", "muxed")
+PREFIXES = ("extend", "cut")
 
 
 def validate(config: Any) -> None:
@@ -27,6 +29,9 @@ def validate(config: Any) -> None:
         (MUX, "mux.name"),
         (DEMUX, "demux.name"),
         (RSA_FORMS, "demux.form"),
+        (PREFIXES, "demux.prefix"),
+        (FAMILIES, "model.family"),
+        (GENERATORS, "generator.kind"),
         (OBJECTIVES, "objective"),
         (SCHEDULES, "optimizer.schedule"),
         (POOLS, "model.pool"),
@@ -50,12 +55,31 @@ def validate(config: Any) -> None:
             f"model.hidden_size = {config.model.hidden_size} is not divisible by model.num_heads = {config.model.num_heads}. "
             "Every head takes an equal share of the width."
         )
+    if config.demux.name == "rsa" and config.demux.form == "bert" and config.demux.num_layers < 2:
+        raise InputError(
+            f"demux.form = 'bert' uses two layers for retrieval, but demux.num_layers = {config.demux.num_layers}. Set 2 or more, "
+            "or use the form 'paper'."
+        )
+    if config.mux.name == "binary_hadamard" and config.num_instances > (
+        config.model.embedding_size or config.model.hidden_size
+    ):
+        raise InputError(
+            f"mux.name = 'binary_hadamard' gives each of num_instances = {config.num_instances} a chunk of the embedding, which is "
+            f"{config.model.embedding_size or config.model.hidden_size} wide. Use fewer instances, or another multiplexer."
+        )
+    if config.objective == "electra" and config.generator.kind == "muxed" and plain:
+        raise InputError("generator.kind = 'muxed' needs a multiplexer. Use 'plain' for the plain network, or choose mux.name.")
+    if config.generator.hidden_size % config.generator.num_heads:
+        raise InputError(
+            f"generator.hidden_size = {config.generator.hidden_size} is not divisible by generator.num_heads = "
+            f"{config.generator.num_heads}. Every head takes an equal share of the width."
+        )
     if config.optimizer.warmup_steps > config.steps:
         raise InputError(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than steps = {config.steps}. Shorten the warm-up."
         )
-    if config.objective == "classification" and not config.task_loss_coeff:
-        raise InputError("task_loss_coeff = 0 leaves nothing to classify. Use objective = 'retrieval' for the warm-up.")
+    if config.objective in ("classification", "regression", "tagging") and not config.task_loss_coeff:
+        raise InputError("task_loss_coeff = 0 leaves no task to learn. Use objective = 'retrieval' for the warm-up.")
 
 
 POSITIVE = (
@@ -63,13 +87,15 @@ POSITIVE = (
     *("checkpoint.every", "checkpoint.keep", "eval.groupings", "eval.batch_groups", "benchmark.windows", "benchmark.seconds"),
     *("model.hidden_size", "model.num_layers", "model.num_heads", "model.mlp_dim", "model.layer_norm_eps", "demux.num_layers"),
     *("optimizer.learning_rate", "optimizer.eps"),
+    *("generator.hidden_size", "generator.num_layers", "generator.num_heads", "generator.mlp_dim", "mask_rate"),
 )
 NOT_NEGATIVE = (
     *("seed", "data.length", "mux.norm", "retrieval_loss_coeff", "task_loss_coeff"),
-    *("model.embedding_size", "model.init_stddev", "model.type_vocab_size"),
+    *("model.embedding_size", "model.init_stddev", "model.type_vocab_size", "model.max_positions"),
+    *("mux.epsilon", "generator.embedding_size", "generator_loss_coeff", "discriminator_loss_coeff"),
     *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.grad_clip"),
 )
-BELOW_ONE = ("model.dropout_rate", "model.attention_dropout_rate", "optimizer.b1", "optimizer.b2")
+BELOW_ONE = ("model.dropout_rate", "model.attention_dropout_rate", "optimizer.b1", "optimizer.b2", "mask_rate")
 
 
 def _numbers(config: Any) -> None:

@@ -9,28 +9,41 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import checkpoint, metrics, sharding, workdir
+from datamux_jax import checkpoint, losses, metrics, sharding, workdir
+from datamux_jax.build import build_generator
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
 from datamux_jax.model import call
-from datamux_jax.objectives import every_retrieval, task_loss
+from datamux_jax.objectives import OBJECTIVES
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run, load_run
 
+TASKS = {
+    "classification": losses.classification_loss,
+    "regression": losses.regression_loss,
+    "tagging": losses.tagging_loss,
+}
 
-def evaluation_step(run: Run) -> Callable[[Any, Any], Any]:
-    """The jitted function `(params, batch) -> sums` of what this run was trained for."""
+
+def evaluation_step(run: Run) -> Callable[[Any, Any, jax.Array], Any]:
+    """The jitted function `(params, batch, key) -> sums` of what this run was trained for.
+
+    Pre-training is scored as it is trained, on what `key` draws; everything else is scored on every token and draws nothing.
+    """
     config, model = run.config, run.model
-    classify = config.objective == "classification"
+    if config.objective in ("mlm", "electra"):
+        objective = OBJECTIVES[config.objective](model, config, build_generator(config, model))
+        return jax.jit(lambda params, batch, key: objective(params, batch, {"corruption": key}, False)[1])
     retrieve = config.objective == "retrieval" or config.retrieval_loss_coeff > 0
 
-    def step(params: Any, batch: Any) -> Any:
+    def step(params: Any, batch: Any, key: jax.Array) -> Any:
+        del key
         h = call(model, params, "encode", batch["inputs"], batch["mask"])
         sums: dict[str, Any] = {}
-        if classify:
-            sums |= task_loss(model, params, h, batch, {}, False)[1]
+        if config.objective in TASKS:
+            sums |= TASKS[config.objective](model, params, h, batch, {}, False)[1]
         if retrieve:
-            sums |= every_retrieval(model, params, h, batch)
+            sums |= losses.every_retrieval(model, params, h, batch)
         return sums
 
     return jax.jit(step)
@@ -65,10 +78,10 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
     for seed in range(groupings):
         batches = pipeline.eval_batches(arrays, groups=groups, instances=run.config.num_instances, seed=seed)
         shifts = run.config.num_instances if run.config.eval.every_slot else 1
+        rolled = ({k: np.roll(v, shift, axis=1) for k, v in batch.items()} for _, batch in batches for shift in range(shifts))
         parts = [
-            step(run.params, sharding.put_batch({k: np.roll(v, shift, axis=1) for k, v in batch.items()}, run.mesh))
-            for _, batch in batches
-            for shift in range(shifts)
+            step(run.params, sharding.put_batch(batch, run.mesh), jax.random.fold_in(jax.random.key(seed), number))
+            for number, batch in enumerate(rolled)
         ]
         per_grouping.append(metrics.merge(jax.device_get(parts)))
         progress.update(seed + 1)

@@ -1,34 +1,87 @@
-"""Heads: demultiplexed states to logits."""
+"""Heads: demultiplexed states to logits, always float32."""
 
 from __future__ import annotations
 
 import flax.linen as nn
+import jax.numpy as jnp
 
-from datamux_jax.layers import Array, Embeddings, Spec, dense, parameter
+from datamux_jax.families import HeadForm
+from datamux_jax.layers import Array, Embeddings, Spec, dense, gelu, kernel_init, layer_norm, parameter
 
 
-class SequenceHead(nn.Module):
-    """Dropout and one dense layer (BERT): `[..., D] -> [..., C]`, float32."""
+class ClassificationHead(nn.Module):
+    """Classes, tags, or a number for regression: `[..., D] -> [..., C]`.
+
+    Attributes:
+      spec: sizes.
+      num_classes: `C`; 1 for regression.
+      form: which layers; `families.head_form` knows what the published code has.
+    """
 
     spec: Spec
     num_classes: int
+    form: HeadForm = HeadForm()
 
-    @nn.compact
+    def setup(self) -> None:
+        if self.form.hidden:
+            self.hidden = dense(self.spec, self.spec.hidden_size, ("embed", None))
+        if self.form.norm:
+            self.norm = layer_norm(self.spec)
+        self.out = dense(self.spec, self.num_classes, ("embed", None))
+        self.dropout = nn.Dropout(self.spec.dropout_rate if self.form.dropout else 0.0)
+
     def __call__(self, x: Array, train: bool = False) -> Array:
-        x = nn.Dropout(self.spec.dropout_rate)(x, deterministic=not train)
-        return dense(self.spec, self.num_classes, ("embed", None))(x).astype("float32")
+        x = self.dropout(x, deterministic=not train)
+        if self.form.hidden:
+            x = gelu(self.hidden(x))
+            if self.form.norm:
+                x = self.norm(x)
+            x = self.dropout(x, deterministic=not train)
+        return self.out(x).astype("float32")
+
+
+class ReplacedTokenHead(nn.Module):
+    """ELECTRA's discriminator: was this token replaced? One logit a position, `[..., D] -> [...]`."""
+
+    spec: Spec
+
+    def setup(self) -> None:
+        self.hidden = dense(self.spec, self.spec.hidden_size, ("embed", None))
+        self.out = dense(self.spec, 1, ("embed", None))
+
+    def __call__(self, x: Array) -> Array:
+        return self.out(gelu(self.hidden(x)))[..., 0].astype("float32")
 
 
 class VocabularyHead(nn.Module):
-    """Logits over the vocabulary, tied to the word embeddings plus a bias: `[..., D] -> [..., V]`, float32.
+    """Logits over the vocabulary, for retrieval and MLM: `[..., D] -> [..., V]`.
 
     Call it with the states of positions that carry a loss, never with all `N` planes: `V` is the largest axis there is.
+
+    Attributes:
+      spec: sizes.
+      vocab_size: `V`.
+      tied: the decoder's matrix is the word embedding table (BERT); otherwise it has its own (RoBERTa and ELECTRA multiplexed).
+      transform: dense `D -> E`, gelu and LayerNorm before the decoder. The plain network needs it; a demultiplexer's stack ends with
+        such a layer of its own.
     """
 
     spec: Spec
     vocab_size: int
+    tied: bool = True
+    transform: bool = False
 
-    @nn.compact
+    def setup(self) -> None:
+        if self.transform:
+            self.hidden = dense(self.spec, self.spec.width, ("embed", None))
+            self.norm = layer_norm(self.spec)
+        if not self.tied:
+            width = self.spec.width if self.transform else self.spec.hidden_size
+            self.kernel = parameter(self, "kernel", kernel_init(self.spec), ("embed", "vocab"), (width, self.vocab_size))
+        self.bias = parameter(self, "bias", nn.initializers.zeros, ("vocab",), (self.vocab_size,))
+
     def __call__(self, x: Array, embeddings: Embeddings) -> Array:
-        bias = parameter(self, "bias", nn.initializers.zeros, ("vocab",), (self.vocab_size,))
-        return embeddings.attend(x).astype("float32") + bias
+        if self.transform:
+            x = self.norm(gelu(self.hidden(x)))
+        logits = embeddings.attend(x) if self.tied else x @ self.kernel.astype(x.dtype)
+        return logits.astype(jnp.float32) + self.bias

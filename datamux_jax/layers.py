@@ -98,12 +98,21 @@ class Embeddings(nn.Module):
 
     A multiplexed network applies this block twice, as the published code does: once to every instance, and once, through
     `refine`, to the mixed embeddings (MUX-PLMs enter the backbone through `inputs_embeds`, which adds positions and types again).
+
+    Attributes:
+      spec: sizes.
+      num_positions: rows of the position table.
+      vocab_size: `V`; 0 for feature inputs.
+      type_vocab_size: token types, of which type 0 is used; 0: none.
+      pad_position: RoBERTa's rule, with the pad id as its value: real tokens are counted from `pad + 1`, a pad stands at position
+        `pad`. None: position `j` is `j`.
     """
 
     spec: Spec
-    max_length: int
+    num_positions: int
     vocab_size: int = 0
     type_vocab_size: int = 0
+    pad_position: int | None = None
 
     def setup(self) -> None:
         spec, width = self.spec, self.spec.width
@@ -117,7 +126,7 @@ class Embeddings(nn.Module):
             )
         else:
             self.feature = dense(spec, width, (None, "embed"))
-        self.position = parameter(self, "position", init, (None, "embed"), (self.max_length, width))
+        self.position = parameter(self, "position", init, (None, "embed"), (self.num_positions, width))
         if self.type_vocab_size:
             self.type = parameter(self, "type", init, (None, "embed"), (self.type_vocab_size, width))
         self.norm = layer_norm(spec)
@@ -125,14 +134,21 @@ class Embeddings(nn.Module):
 
     def __call__(self, inputs: Array, train: bool = False) -> Array:
         """Embeds every instance: `[..., L]` ids or `[..., L, F]` features -> `[..., L, E]`."""
-        return self.refine(self.word(inputs) if self.vocab_size else self.feature(inputs), train)
+        if not self.vocab_size:
+            return self.refine(self.feature(inputs), train)
+        if self.pad_position is None:
+            return self.refine(self.word(inputs), train)
+        real = inputs != self.pad_position
+        positions = jnp.where(real, jnp.cumsum(real, axis=-1), 0) + self.pad_position
+        return self._finish(self.word(inputs), self.position[positions], train)
 
     def refine(self, x: Array, train: bool = False) -> Array:
         """Adds positions and types to `[..., L, E]`, then LayerNorm and dropout: `[..., L, E]`."""
-        length = x.shape[-2]
-        added = self.position[:length]
-        if self.type_vocab_size:
-            added = added + self.type[0]
+        start = 0 if self.pad_position is None else self.pad_position + 1
+        return self._finish(x, self.position[start : start + x.shape[-2]], train)
+
+    def _finish(self, x: Array, positions: Array, train: bool) -> Array:
+        added = positions + self.type[0] if self.type_vocab_size else positions
         return self.dropout(self.norm(x + added.astype(x.dtype)), deterministic=not train)
 
     def attend(self, x: Array) -> Array:
@@ -217,7 +233,7 @@ class Block(nn.Module):
         return self.mlp_norm(x + drop(self.mlp_out(gelu(self.mlp_in(x)))))
 
 
-def masked_mean(x: Array, mask: Array) -> Array:
-    """Mean of `x` `[..., L, D]` over the positions where `mask` `[..., L]` is 1: `[..., D]`; zero where it is 0 everywhere."""
-    weight = mask.astype(x.dtype)[..., None]
-    return (x * weight).sum(-2) / jnp.maximum(weight.sum(-2), 1)
+def masked_mean(x_BxLxD: Array, mask_BxNxL: Array) -> Array:
+    """Means of `x` over the positions where each of `N` masks is 1: `[B, N, D]`; zero where a mask is 0 everywhere."""
+    weight = mask_BxNxL.astype(x_BxLxD.dtype)
+    return jnp.einsum("bld,bnl->bnd", x_BxLxD, weight) / jnp.maximum(weight.sum(-1, keepdims=True), 1)

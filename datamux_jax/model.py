@@ -12,25 +12,25 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from datamux_jax.backbones import BACKBONES
-from datamux_jax.demux import DEMUX
-from datamux_jax.errors import InputError, choose
-from datamux_jax.heads import SequenceHead, VocabularyHead
+from datamux_jax.demux import Demultiplexer
+from datamux_jax.errors import InputError
+from datamux_jax.families import HeadForm, SpecialTokens
+from datamux_jax.heads import ClassificationHead, ReplacedTokenHead, VocabularyHead
 from datamux_jax.layers import Array, Embeddings, Spec, masked_mean
-from datamux_jax.mux import MUX
 
 POOLS = {
-    "first": "the state at position 0, demultiplexed",
+    "first": "the state at position 0 (with an index prefix: at the CLS-like token), demultiplexed",
     "mean": "the mean of the mixed state over an instance's own positions, demultiplexed",
     "demuxed_mean": "every position demultiplexed, then the mean over an instance's own positions",
 }
 
 
 class MultiplexedTransformer(nn.Module):
-    """A Transformer over `N` mixed token (or feature) sequences, with classification and retrieval heads.
+    """A Transformer over `N` mixed token (or feature) sequences, with the heads that an objective needs.
+
+    `L` is the length of the inputs, `L'` that of the rows that the network is fed: an index prefix makes them longer.
 
     Attributes:
       spec: sizes of embeddings, encoder and heads.
@@ -38,40 +38,73 @@ class MultiplexedTransformer(nn.Module):
       mux: a multiplexer of width `spec.width`, or None for the plain network (`N` = 1).
       demux: a demultiplexer, or None for the plain network.
       backbone: module on one mixed row, `(x_BxLxE, mask, train) -> h_BxLxD`.
-      max_length: longest input `L`.
+      num_positions: rows of the position table.
       num_classes: `C`; 0: no classification head.
-      vocab_size: `V`; 0: inputs are feature vectors and there is no retrieval head.
+      vocab_size: `V`; 0: inputs are feature vectors.
       type_vocab_size: token types (BERT: 2, of which only type 0 is used); 0: none.
-      pool: what classification reads, a key of `POOLS`.
+      tokens: ids of the special tokens; None for feature inputs.
+      pad_position: see `Embeddings`.
+      vocabulary_head: whether there is one; retrieval and MLM need it.
+      tied_decoder: see `VocabularyHead`.
+      head: `sequence`, `token`, `replaced`, or none: a value of `build.HEADS`.
+      classifier_form: layers of the classification head.
+      pool: what sequence classification reads, a key of `POOLS`.
+      retrieval_start: first position of the fed row that carries the retrieval loss.
     """
 
     spec: Spec
     num_instances: int
     mux: nn.Module | None
-    demux: nn.Module | None
+    demux: Demultiplexer | None
     backbone: nn.Module
-    max_length: int
+    num_positions: int
     num_classes: int = 0
     vocab_size: int = 0
     type_vocab_size: int = 0
+    tokens: SpecialTokens | None = None
+    pad_position: int | None = None
+    vocabulary_head: bool = False
+    tied_decoder: bool = True
+    head: str = "sequence"
+    classifier_form: HeadForm = HeadForm()
     pool: str = "first"
+    retrieval_start: int = 0
 
     def setup(self) -> None:
-        self.embeddings = Embeddings(self.spec, self.max_length, self.vocab_size, self.type_vocab_size)
-        if self.num_classes:
-            self.classifier = SequenceHead(self.spec, self.num_classes)
-        if self.vocab_size:
-            self.decoder = VocabularyHead(self.spec, self.vocab_size)
+        self.embeddings = Embeddings(
+            self.spec, self.num_positions, self.vocab_size, self.type_vocab_size, self.pad_position if self.vocab_size else None
+        )
+        if self.head in ("sequence", "token"):
+            self.classifier = ClassificationHead(self.spec, self.num_classes, self.classifier_form)
+        if self.head == "replaced":
+            self.replaced_head = ReplacedTokenHead(self.spec)
+        if self.vocabulary_head:
+            self.decoder = VocabularyHead(self.spec, self.vocab_size, self.tied_decoder, transform=self.demux is None)
 
     def __call__(self, inputs: Array, mask_BxNxL: Array, train: bool = False) -> dict[str, Array]:
-        """Touches every parameter: `init` uses it. Returns the outputs of all heads the network has."""
+        """Touches every parameter: `init` uses it. Returns the outputs of all heads that the network has."""
         h = self.encode(inputs, mask_BxNxL, train)
         out = {}
-        if self.num_classes:
+        if self.head == "sequence":
             out["logits"] = self.classify(h, mask_BxNxL, train)
-        if self.vocab_size:
+        elif self.head == "token":
+            out["logits"] = self.tag(h, train)
+        elif self.head == "replaced":
+            out["logits"] = self.replaced(h, train)
+        else:
+            self.features(h, mask_BxNxL, train)
+        if self.vocabulary_head:
             out["retrieved"] = self.retrieve(h, jnp.zeros(h.shape[:2], jnp.int32), train)
         return out
+
+    @property
+    def offset(self) -> int:
+        """Token `j` of an instance stands at position `offset + j` of the fed row."""
+        return self.demux.offset if self.demux is not None else 0
+
+    def feed(self, inputs: Array) -> Array:
+        """What the network is fed: token ids with the demultiplexer's prefix, `[B, N, L']`. Features pass unchanged."""
+        return self.demux.prefix(inputs) if self.demux is not None and self.vocab_size else inputs
 
     def encode(self, inputs: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """Embeds, mixes and runs the backbone.
@@ -82,20 +115,28 @@ class MultiplexedTransformer(nn.Module):
           train: draw dropout from the stream `dropout`.
 
         Returns:
-          Hidden states of the mixed rows, `[B, L, D]`.
+          Hidden states of the mixed rows, `[B, L', D]`.
 
         Raises:
-          InputError: `inputs` holds another number of instances than the network mixes.
+          InputError: `inputs` holds another number of instances than the network mixes, or more positions than it knows.
         """
         if inputs.shape[1] != self.num_instances:
             raise InputError(
                 f"The inputs have shape {inputs.shape}, so {inputs.shape[1]} instances a group, but this network mixes "
                 f"{self.num_instances}. Group the inputs as [groups, {self.num_instances}, ...]."
             )
-        x = self.embeddings(inputs, train)
+        fed = self.feed(inputs)
+        start = 0 if self.pad_position is None else self.pad_position + 1
+        if fed.shape[2] + start > self.num_positions:
+            raise InputError(
+                f"Rows of {fed.shape[2]} positions (prefix included) are fed, but the position table has {self.num_positions} rows, "
+                f"of which {self.num_positions - start} are for tokens. Shorten data.length, or raise model.max_positions."
+            )
+        x = self.embeddings(fed, train)
         if self.mux is None:
             return self.backbone(x[:, 0], mask_BxNxL[:, 0], train)
-        mixed = self.embeddings.refine(self.mux(x, mask_BxNxL, train), train)
+        mask = mask_BxNxL if self.demux is None else self.demux.prefix_mask(mask_BxNxL)
+        mixed = self.embeddings.refine(self.mux(x, mask, train), train)
         return self.backbone(mixed, None, train)
 
     def classify(self, h_BxLxD: Array, mask_BxNxL: Array, train: bool = False) -> Array:
@@ -104,101 +145,56 @@ class MultiplexedTransformer(nn.Module):
 
     def features(self, h_BxLxD: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """One demultiplexed vector an instance, read as `pool` says: `[B, N, D]`."""
-        if self.pool == "demuxed_mean":
-            states = h_BxLxD[:, None] if self.demux is None else self.demux(h_BxLxD, train=train)
-            return masked_mean(states, mask_BxNxL)
-        if self.pool == "first":
-            pooled = h_BxLxD[:, :1]
-            return pooled if self.demux is None else self.demux(pooled, train=train)[:, :, 0]
-        pooled = masked_mean(h_BxLxD[:, None], mask_BxNxL)
         if self.demux is None:
-            return pooled
+            return h_BxLxD[:, :1] if self.pool == "first" else masked_mean(h_BxLxD, mask_BxNxL)
+        if self.pool == "first":
+            at = self.demux.read_position
+            return self.demux(h_BxLxD[:, at : at + 1], row=h_BxLxD, train=train)[:, :, 0]
+        body = h_BxLxD[:, self.offset :]
+        mask = mask_BxNxL[..., : body.shape[1]]
+        if self.pool == "demuxed_mean":
+            states = self.demux(body, row=h_BxLxD, train=train)
+            weight = mask.astype(states.dtype)
+            return jnp.einsum("bnld,bnl->bnd", states, weight) / jnp.maximum(weight.sum(-1, keepdims=True), 1)
         # The pooled states of a group stand in one row, and instance i reads position i.
+        pooled = masked_mean(body, mask)
         own = jnp.broadcast_to(jnp.arange(self.num_instances), pooled.shape[:2])
-        return self.demux(pooled, (own, own), train=train)
+        return self.demux(pooled, (own, own), row=h_BxLxD, train=train)
+
+    def token_states(self, h_BxLxD: Array, train: bool = False) -> Array:
+        """The demultiplexed state of every token: `[B, N, L, D]` (with a cut index prefix, of the tokens that are left)."""
+        if self.demux is None:
+            return h_BxLxD[:, None]
+        return self.demux(h_BxLxD[:, self.offset :], row=h_BxLxD, train=train)
+
+    def tag(self, h_BxLxD: Array, train: bool = False) -> Array:
+        """Tag logits of every token: `[B, N, L, C]`, float32."""
+        return self.classifier(self.token_states(h_BxLxD, train), train)
+
+    def replaced(self, h_BxLxD: Array, train: bool = False) -> Array:
+        """ELECTRA's logits that a token was replaced: `[B, N, L]`, float32."""
+        return self.replaced_head(self.token_states(h_BxLxD, train))
 
     def retrieve(self, h_BxLxD: Array, instance_BxL: Array, train: bool = False) -> Array:
-        """Vocabulary logits of the chosen instance at every position: `[B, L, V]`, float32.
+        """Vocabulary logits of the chosen instance at every position: `[B, L', V]`, float32.
 
         Args:
           h_BxLxD: hidden states of the mixed rows.
           instance_BxL: which instance to read at each position.
           train: draw dropout from the stream `dropout`.
         """
-        if self.demux is None:
-            return self.decoder(h_BxLxD, self.embeddings)
         position = jnp.broadcast_to(jnp.arange(h_BxLxD.shape[1]), h_BxLxD.shape[:2])
-        states = self.demux(h_BxLxD, (instance_BxL, position), stack="retrieval", train=train)
+        return self.predict_tokens(h_BxLxD, instance_BxL, position, train)
+
+    def predict_tokens(self, h_BxLxD: Array, instance_BxP: Array, position_BxP: Array, train: bool = False) -> Array:
+        """Vocabulary logits of chosen pairs of instance and position of the fed row: `[B, P, V]`, float32."""
+        if self.demux is None:
+            states = jnp.take_along_axis(h_BxLxD, position_BxP[..., None], axis=1)
+        else:
+            states = self.demux(h_BxLxD, (instance_BxP, position_BxP), stack="retrieval", train=train)
         return self.decoder(states, self.embeddings)
-
-
-def build(config: Any, *, num_classes: int, vocab_size: int, max_length: int) -> MultiplexedTransformer:
-    """Builds the network that `config` describes for a data set of the given sizes.
-
-    Args:
-      config: a complete config (`configs/common.py`).
-      num_classes: of the label set.
-      vocab_size: of the tokenizer; 0 for feature inputs.
-      max_length: `L`.
-
-    Raises:
-      InputError: an unknown name, or sizes that do not fit together.
-    """
-    m, n = config.model, config.num_instances
-    spec = Spec(
-        hidden_size=m.hidden_size,
-        num_layers=m.num_layers,
-        num_heads=m.num_heads,
-        mlp_dim=m.mlp_dim,
-        embedding_size=m.embedding_size,
-        dropout_rate=m.dropout_rate,
-        attention_dropout_rate=m.attention_dropout_rate,
-        layer_norm_eps=m.layer_norm_eps,
-        init_stddev=m.init_stddev,
-        dtype=config.dtype,
-    )
-    mux_class = MUX[choose(MUX, config.mux.name, "The multiplexer mux.name =")]
-    demux_class = DEMUX[choose(DEMUX, config.demux.name, "The demultiplexer demux.name =")]
-    mux = demux = None
-    if mux_class:
-        mux = mux_class(
-            num_instances=n, features=spec.width, norm=config.mux.norm, learned=config.mux.learned, dtype=config.dtype
-        )
-    if demux_class:
-        demux = demux_class(spec=spec, num_instances=n, num_layers=config.demux.num_layers, form=config.demux.form)
-    return MultiplexedTransformer(
-        spec=spec,
-        num_instances=n,
-        mux=mux,
-        demux=demux,
-        backbone=BACKBONES[choose(BACKBONES, m.backbone, "The backbone model.backbone =")](spec),
-        max_length=max_length,
-        num_classes=num_classes,
-        vocab_size=vocab_size,
-        type_vocab_size=m.type_vocab_size,
-        pool=choose(POOLS, m.pool, "The pooling model.pool ="),
-    )
-
-
-def init_params(model: MultiplexedTransformer, key: Array, inputs_shape: tuple[int, ...], inputs_dtype: Any) -> Any:
-    """Fresh parameters, boxed with their logical axis names.
-
-    Args:
-      model: the network.
-      key: random key.
-      inputs_shape: `[B, N, L]` or `[B, N, L, F]`; `B` may be 1.
-      inputs_dtype: of the inputs.
-    """
-    inputs = jnp.zeros(inputs_shape, inputs_dtype)
-    mask = jnp.ones(inputs_shape[:3], jnp.int32)
-    return model.init({"params": key}, inputs, mask)["params"]
 
 
 def call(model: nn.Module, params: Any, method: str, *args: Any, rngs: Mapping[str, Array] | None = None) -> Array:
     """One method of the network, applied: `call(model, params, "encode", inputs, mask)`."""
     return cast(Array, model.apply({"params": params}, *args, method=method, rngs=dict(rngs or {})))
-
-
-def count_params(params: Any) -> int:
-    """Number of scalars in a parameter tree."""
-    return sum(int(x.size) for x in jax.tree.leaves(params))

@@ -1,7 +1,7 @@
 """Objectives: `(params, batch, rngs, train) -> (loss, sums)`. Table `OBJECTIVES`.
 
-A batch is a dict of arrays: `inputs` `[B, N, L]` or `[B, N, L, F]`, `mask` `[B, N, L]`, `label` `[B, N]` and `weight` `[B, N]`, which
-is 0 for rows that only fill up a group. Sums are described in `metrics.py`; accuracies have one entry an instance slot.
+An objective is built from the network, the config and, for ELECTRA, a generator. It puts together terms of `losses.py`, where
+batches and sums are described. `rngs` holds the keys `corruption` and, in training, `dropout`.
 """
 
 from __future__ import annotations
@@ -11,109 +11,179 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from datamux_jax.corruption import retrieval_targets
+from datamux_jax import corruption, losses
 from datamux_jax.layers import Array
+from datamux_jax.losses import Batch, Sums, dropout_stream
 from datamux_jax.model import MultiplexedTransformer, call
 
-Batch = Mapping[str, Array]
-Objective = Callable[[Any, Batch, Mapping[str, Array], bool], tuple[Array, dict[str, tuple[Array, Array]]]]
+Objective = Callable[[Any, Batch, Mapping[str, Array], bool], tuple[Array, Sums]]
 
 
-def weighted_mean(values: Array, weights: Array) -> Array:
-    """Mean of `values` under `weights`; 0 if all weights are 0, so that an empty batch has no gradient."""
-    return (values * weights).sum() / jnp.maximum(weights.sum(), 1.0)
-
-
-def retrieval_loss(
-    model: MultiplexedTransformer,
-    params: Any,
-    h_BxLxD: Array,
-    batch: Batch,
-    rngs: Mapping[str, Array],
-    train: bool,
-    share: float,
-) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-    """Token retrieval on hidden states that exist already: cross-entropy over the vocabulary (DataMUX, section 3.3)."""
-    real = batch["mask"] * batch["weight"][..., None].astype(batch["mask"].dtype)
-    instance, target, weight = retrieval_targets(rngs["corruption"], batch["inputs"], real, share)
-    logits = call(model, params, "retrieve", h_BxLxD, instance, train, rngs=_dropout(rngs, 1))
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    right = (logits.argmax(-1) == target) * weight
-    slot = jax.nn.one_hot(instance, batch["inputs"].shape[1])
-    sums = {
-        "retrieval_loss": ((loss * weight).sum(), weight.sum()),
-        "retrieval_accuracy": (jnp.einsum("bl,bln->n", right, slot), jnp.einsum("bl,bln->n", weight, slot)),
-    }
-    return weighted_mean(loss, weight), sums
-
-
-def task_loss(
-    model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
-) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-    """Cross-entropy of sequence classification, mean over all instances of all groups."""
-    logits = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=_dropout(rngs, 2))
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    weight = batch["weight"]
-    right = (logits.argmax(-1) == batch["label"]) * weight
-    sums = {"task_loss": ((loss * weight).sum(), weight.sum()), "accuracy": (right.sum(0), weight.sum(0))}
-    return weighted_mean(loss, weight), sums
-
-
-def retrieval(model: MultiplexedTransformer, config: Any) -> Objective:
+def retrieval(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Objective:
     """Token-retrieval warm-up: nothing but retrieval."""
+    del generator
 
-    def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Any]:
-        h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=_dropout(rngs, 0))
-        loss, sums = retrieval_loss(model, params, h, batch, rngs, train, config.retrieval_percentage)
+    def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Sums]:
+        h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=dropout_stream(rngs, 0))
+        drawn = losses.draw_retrieval(model, rngs["corruption"], model.feed(batch["inputs"]), config.retrieval_percentage)
+        loss, sums = losses.retrieval_loss(model, params, h, drawn, rngs, train)
         return loss, {**sums, "loss": sums["retrieval_loss"]}
 
     return objective
 
 
-def classification(model: MultiplexedTransformer, config: Any) -> Objective:
-    """Fine-tuning: `task_loss_coeff * task + retrieval_loss_coeff * retrieval` (DataMUX: 0.9 and 0.1).
+def fine_tuning(task_loss: Any) -> Callable[..., Objective]:
+    """`task_loss_coeff * task + retrieval_loss_coeff * retrieval` (DataMUX: 0.9 and 0.1).
 
     With a retrieval coefficient of 0 the vocabulary logits are never built.
     """
 
-    def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Any]:
-        h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=_dropout(rngs, 0))
-        loss, sums = task_loss(model, params, h, batch, rngs, train)
+    def build(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Objective:
+        del generator
+
+        def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Sums]:
+            h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=dropout_stream(rngs, 0))
+            loss, sums = task_loss(model, params, h, batch, rngs, train)
+            loss = config.task_loss_coeff * loss
+            if config.retrieval_loss_coeff:
+                drawn = losses.draw_retrieval(
+                    model, rngs["corruption"], model.feed(batch["inputs"]), config.retrieval_percentage
+                )
+                extra, more = losses.retrieval_loss(model, params, h, drawn, rngs, train)
+                loss, sums = loss + config.retrieval_loss_coeff * extra, {**sums, **more}
+            return loss, {**sums, "loss": _per_example(loss, batch)}
+
+        return objective
+
+    return build
+
+
+def mlm(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Objective:
+    """Masked language modelling, and retrieval of the masked tokens beside it if it has a weight (MUX-PLMs, section 3.3)."""
+    del generator
+    special = model.tokens
+
+    def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Sums]:
+        assert special is not None, "prepare() refuses feature inputs"
+        mask_key, retrieval_key = jax.random.split(rngs["corruption"])
+        tokens = batch["inputs"]
+        inputs, chosen = corruption.mask_for_mlm(mask_key, tokens, special, model.vocab_size, config.mask_rate)
+        chosen &= batch["weight"][..., None] > 0
+        h = call(model, params, "encode", inputs, batch["mask"], train, rngs=dropout_stream(rngs, 0))
+        room = corruption.capacity(tokens[0].size, config.mask_rate)
+        loss, sums, _ = losses.chosen_tokens_loss(model, params, h, tokens, chosen, room, rngs, train)
         loss = config.task_loss_coeff * loss
         if config.retrieval_loss_coeff:
-            extra, more = retrieval_loss(model, params, h, batch, rngs, train, config.retrieval_percentage)
+            drawn = losses.draw_retrieval(
+                model, retrieval_key, model.feed(inputs), config.retrieval_percentage, pads_count=True
+            )
+            extra, more = losses.retrieval_loss(model, params, h, drawn, rngs, train)
             loss, sums = loss + config.retrieval_loss_coeff * extra, {**sums, **more}
-        examples = batch["weight"].sum()
-        return loss, {**sums, "loss": (loss * examples, examples)}
+        return loss, {**sums, "loss": _per_example(loss, batch)}
 
     return objective
 
 
-OBJECTIVES: dict[str, Callable[[MultiplexedTransformer, Any], Objective]] = {
+def electra(model: MultiplexedTransformer, config: Any, generator: MultiplexedTransformer | None = None) -> Objective:
+    """Replaced-token detection (ELECTRA; MUX-PLMs, section 3.3).
+
+    Every [MASK] is filled by a uniformly random token, or by a sample of `generator`, which learns MLM beside. Loss:
+    `generator_loss_coeff * gen + discriminator_loss_coeff * (task_loss_coeff * replaced + retrieval_loss_coeff * retrieval)`.
+    """
+    special = model.tokens
+
+    def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Sums]:
+        assert special is not None, "prepare() refuses feature inputs"
+        mask_key, fill_key, retrieval_key = jax.random.split(rngs["corruption"], 3)
+        tokens = batch["inputs"]
+        masked, chosen = corruption.mask_for_electra(mask_key, tokens, special, config.mask_rate)
+        holes = masked == special.mask
+        sums: Sums = {}
+        if generator is None:
+            filling = jax.random.randint(fill_key, tokens.shape, 0, model.vocab_size, tokens.dtype)
+            gen_loss = jnp.zeros(())
+            replaced = holes
+        else:
+            theirs = {**params["generator"]}
+            theirs.setdefault("embeddings", params["embeddings"])  # Absent where both share them.
+            filling, gen_loss, sums = _generate(generator, theirs, config, batch, masked, chosen, fill_key, train)
+            replaced = holes & (filling != tokens)
+        inputs = jnp.where(holes, filling, tokens)
+        h = call(model, params, "encode", inputs, batch["mask"], train, rngs=dropout_stream(rngs, 0))
+        loss, more = losses.replaced_loss(model, params, h, {**batch, "label": replaced}, rngs, train)
+        loss, sums = config.task_loss_coeff * loss, {**sums, **more}
+        if config.retrieval_loss_coeff:
+            drawn = losses.draw_retrieval(
+                model, retrieval_key, model.feed(inputs), config.retrieval_percentage, pads_count=True
+            )
+            extra, more = losses.retrieval_loss(model, params, h, drawn, rngs, train)
+            loss, sums = loss + config.retrieval_loss_coeff * extra, {**sums, **more}
+        loss = config.generator_loss_coeff * gen_loss + config.discriminator_loss_coeff * loss
+        return loss, {**sums, "loss": _per_example(loss, batch)}
+
+    return objective
+
+
+def _generate(
+    generator: MultiplexedTransformer,
+    params: Any,
+    config: Any,
+    batch: Batch,
+    masked_BxNxL: Array,
+    chosen_BxNxL: Array,
+    key: Array,
+    train: bool,
+) -> tuple[Array, Array, Sums]:
+    """Runs ELECTRA's generator.
+
+    Returns:
+      The input with a sample at every chosen token, `[B, N, L]`; the generator's loss; and its sums.
+    """
+    muxed = generator.mux is not None
+    arrays = (masked_BxNxL, batch["inputs"], chosen_BxNxL & (batch["weight"][..., None] > 0), batch["mask"])
+
+    def run(arrays: tuple[Array, ...], key: Array) -> tuple[Array, Array, Sums]:
+        masked, tokens, chosen, mask = arrays
+        sample_key, retrieval_key, dropout_key = jax.random.split(key, 3)
+        streams = {"dropout": dropout_key} if train else {}
+        h = call(generator, params, "encode", masked, mask, train, rngs=dropout_stream(streams, 0))
+        room = corruption.capacity(tokens[0].size, config.mask_rate)
+        _, sums, (logits, *pair, weight) = losses.chosen_tokens_loss(generator, params, h, tokens, chosen, room, streams, train)
+        at = (jnp.arange(len(masked))[:, None], *pair)
+        sampled = corruption.sample_tokens(sample_key, logits).astype(masked.dtype)
+        filled = masked.at[at].set(jnp.where(weight > 0, sampled, masked[at]))
+        if not (muxed and config.retrieval_loss_coeff):
+            return filled, jnp.zeros(()), sums
+        drawn = losses.draw_retrieval(generator, retrieval_key, generator.feed(masked), config.retrieval_percentage)
+        return filled, losses.retrieval_loss(generator, params, h, drawn, streams, train)[0], sums
+
+    if muxed:
+        filled, retrieved, sums = run(arrays, key)
+    else:  # A plain generator takes every instance by itself.
+        alone = tuple(array[:, :, None] for array in arrays)
+        keys = jax.random.split(key, masked_BxNxL.shape[1])
+        filled, retrieved, sums = jax.vmap(run, in_axes=(1, 0), out_axes=(1, 0, 0))(alone, keys)
+        filled = filled[:, :, 0]
+    # Of all instances together.
+    sums = {f"generator_{name}": (total.sum(), count.sum()) for name, (total, count) in sums.items()}
+    total, count = sums["generator_mlm_loss"]
+    loss = total / jnp.maximum(count, 1.0)
+    if muxed:
+        loss = config.task_loss_coeff * loss + config.retrieval_loss_coeff * retrieved
+    return filled, loss, sums
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "retrieval": retrieval,
-    "classification": classification,
+    "classification": fine_tuning(losses.classification_loss),
+    "regression": fine_tuning(losses.regression_loss),
+    "tagging": fine_tuning(losses.tagging_loss),
+    "mlm": mlm,
+    "electra": electra,
 }
 
 
-def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch) -> dict[str, tuple[Array, Array]]:
-    """Retrieval accuracy over every token of every instance, position 0 excepted (it is the same for all): `[N]` sums.
-
-    Instances are read one after another, so that one plane of vocabulary logits exists at a time.
-    """
-    tokens = batch["inputs"]
-    counted = batch["mask"] * batch["weight"][..., None].astype(batch["mask"].dtype)
-    counted = counted.at[..., 0].set(0)
-
-    def one(i: Array) -> tuple[Array, Array]:
-        instance = jnp.full(h_BxLxD.shape[:2], i)
-        logits = call(model, params, "retrieve", h_BxLxD, instance)
-        return ((logits.argmax(-1) == tokens[:, i]) * counted[:, i]).sum(), counted[:, i].sum()
-
-    return {"retrieval_accuracy": jax.lax.map(one, jnp.arange(tokens.shape[1]))}
-
-
-def _dropout(rngs: Mapping[str, Array], use: int) -> dict[str, Array]:
-    """A dropout stream for one of several calls to the network, each with masks of its own."""
-    return {"dropout": jax.random.fold_in(rngs["dropout"], use)} if "dropout" in rngs else {}
+def _per_example(loss: Array, batch: Batch) -> tuple[Array, Array]:
+    examples = batch["weight"].sum()
+    return loss * examples, examples

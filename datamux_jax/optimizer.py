@@ -34,8 +34,8 @@ def decayed(params: Any) -> Any:
 
 
 def frozen(params: Any, learn_mux: bool) -> Any:
-    """True at leaves that never change: the multiplexer's own vectors and matrices, unless they are learned."""
-    return _by_path(params, lambda path: path[0] == "mux" and not learn_mux)
+    """True at leaves that never change: the multiplexers' own vectors and matrices, unless they are learned."""
+    return _by_path(params, lambda path: path[-1] == "instance_embedding" and not learn_mux)
 
 
 def make(config: Any) -> optax.GradientTransformation:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from datamux_jax import checkpoint, optimizer, sharding, workdir
+from datamux_jax.build import build_generator
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
 from datamux_jax.model import MultiplexedTransformer
@@ -41,12 +42,11 @@ def load_run(path: str | Path) -> Run:
             f"{path} is an experiment of several runs. Name one of them: {', '.join(str(path / name) for name in config.runs)}."
         )
     saved = checkpoint.run_checkpoints(path)
-    fields = workdir.read_json(path / FORMAT)
-    fmt = Format(**{**fields, "label_names": tuple(fields["label_names"])})
+    fmt = Format.from_json(workdir.read_json(path / FORMAT))
     model = build_model(config, fmt)
     # The mesh of the machine that uses a run need not be the one that trained it.
     mesh = sharding.inference_mesh()
-    make = state_maker(config, fmt, model, optimizer.make(config))
+    make = state_maker(config, fmt, model, optimizer.make(config), build_generator(config, model))
     abstract = jax.eval_shape(make, jax.random.key(0)).params
     placed = sharding.shardings(abstract, mesh)
     params = jax.tree.map(

@@ -19,10 +19,11 @@ import numpy as np
 import optax
 
 from datamux_jax import checkpoint, metrics, optimizer, sharding, workdir
+from datamux_jax.build import build, build_generator, init_params
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, Interrupted, choose
-from datamux_jax.model import MultiplexedTransformer, build, init_params
+from datamux_jax.model import MultiplexedTransformer
 from datamux_jax.objectives import OBJECTIVES, Objective
 from datamux_jax.progress import Progress
 
@@ -41,16 +42,22 @@ class TrainState:
 
 def build_model(config: Any, fmt: pipeline.Format) -> MultiplexedTransformer:
     """The network of `config` for data of the format `fmt`."""
-    return build(config, num_classes=len(fmt.label_names), vocab_size=fmt.vocab_size, max_length=fmt.length)
+    return build(config, num_classes=len(fmt.label_names), vocab_size=fmt.vocab_size, max_length=fmt.length, tokens=fmt.tokens)
 
 
-def state_maker(config: Any, fmt: pipeline.Format, model: MultiplexedTransformer, tx: Any) -> Callable[[jax.Array], Any]:
+def state_maker(
+    config: Any,
+    fmt: pipeline.Format,
+    model: MultiplexedTransformer,
+    tx: Any,
+    generator: MultiplexedTransformer | None = None,
+) -> Callable[[jax.Array], Any]:
     """A function from a random key to a fresh state, boxed with logical axes; for `eval_shape` and for `jit`."""
     shape = (1, config.num_instances, *fmt.input_shape)
 
     def make(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
-        params = init_params(model, init_key, shape, fmt.input_dtype)
+        params = init_params(model, init_key, shape, fmt.input_dtype, generator)
         return TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params), run_key)
 
     return make
@@ -93,6 +100,7 @@ class Plan:
     format: pipeline.Format
     arrays: pipeline.Arrays
     model: MultiplexedTransformer
+    generator: MultiplexedTransformer | None
     tx: Any
     make: Callable[[jax.Array], TrainState]
 
@@ -120,21 +128,34 @@ def prepare(config: Any) -> Plan:
     for key in ("data.train_split", "eval.split"):
         section, name = key.split(".")
         choose(splits, config[section][name], f"The split {key} =")
-    if not fmt.vocab_size and (config.objective == "retrieval" or config.retrieval_loss_coeff):
-        raise InputError(
-            f"Token retrieval (objective = {config.objective!r}, retrieval_loss_coeff = {config.retrieval_loss_coeff}) needs "
-            f"tokens, but the data source {config.data.source!r} has feature vectors. Use a text source, or no retrieval."
-        )
-    if fmt.vocab_size and config.model.embedding_size not in (0, config.model.hidden_size):
-        raise InputError(
-            f"model.embedding_size = {config.model.embedding_size} differs from model.hidden_size = {config.model.hidden_size}, but "
-            "the vocabulary head is tied to the word embeddings and reads hidden states. Set embedding_size to 0."
-        )
+    _check_data(config, fmt)
     model = build_model(config, fmt)
+    generator = build_generator(config, model)
     tx = optimizer.make(config)
-    plan = Plan(config, mesh, fmt, splits[config.data.train_split], model, tx, state_maker(config, fmt, model, tx))
+    make = state_maker(config, fmt, model, tx, generator)
+    plan = Plan(config, mesh, fmt, splits[config.data.train_split], model, generator, tx, make)
     sharding.check_divides(jax.eval_shape(plan.make, jax.random.key(0)), mesh)
     return plan
+
+
+def _check_data(config: Any, fmt: pipeline.Format) -> None:
+    """Raises InputError if the data have not what the objective needs."""
+    needs_tokens = config.objective in ("retrieval", "mlm", "electra")
+    if not fmt.vocab_size and (needs_tokens or config.retrieval_loss_coeff):
+        raise InputError(
+            f"objective = {config.objective!r} with retrieval_loss_coeff = {config.retrieval_loss_coeff} needs tokens, but the data "
+            f"source {config.data.source!r} has feature vectors. Use a text source, or classification without retrieval."
+        )
+    if config.objective == "tagging" and not fmt.token_labels:
+        raise InputError(
+            f"objective = 'tagging' needs a label for every token, but the data source {config.data.source!r} has one for an example. "
+            "Use 'classification', or a tagging source."
+        )
+    if config.demux.prefix == "cut" and config.demux.name == "index" and fmt.length <= config.num_instances + 1:
+        raise InputError(
+            f"demux.prefix = 'cut' takes num_instances + 1 = {config.num_instances + 1} of the data.length = {fmt.length} positions, "
+            "which leaves none. Raise data.length, or use demux.prefix = 'extend'."
+        )
 
 
 def train(config: Any, run: Path, *, label: str = "train") -> None:
@@ -154,7 +175,7 @@ def train(config: Any, run: Path, *, label: str = "train") -> None:
     if done == config.steps:
         return
     with workdir.lock(run):
-        workdir.write_json(run / FORMAT, dataclasses.asdict(plan.format))
+        workdir.write_json(run / FORMAT, plan.format.to_json())
         data = pipeline.train_iterator(
             plan.arrays,
             groups=config.batch_groups,
@@ -166,7 +187,7 @@ def train(config: Any, run: Path, *, label: str = "train") -> None:
         with contextlib.closing(checkpoint.Checkpoints(run, config.checkpoint.keep)) as saves:
             fresh = born_sharded(plan.make, config.seed, plan.mesh)
             state = initial_state(config, run, saves, fresh, data)
-            step = make_step(OBJECTIVES[config.objective](plan.model, config), plan.tx, state, plan.mesh)
+            step = make_step(OBJECTIVES[config.objective](plan.model, config, plan.generator), plan.tx, state, plan.mesh)
             _loop(config, run, label, state, step, data, saves, plan.mesh)
 
 

@@ -42,21 +42,25 @@ def linear(p, x):
 def reference(params, h, form, num_layers, stack):
     """One instance and one position at a time, on the concatenation `[k_i ; h]`, as the papers write it."""
     dense_1 = np.concatenate([np.asarray(params["key_in"]["kernel"]), np.asarray(params["state_in"]["kernel"])])
-    released = form == "released" and stack == "task"
+    released = form != "paper" and stack == "task"
+    plain = form == "bert" and stack == "retrieval"  # Two layers, no residuals.
     out = np.zeros((B, N, L, D))
     for b, i, j in np.ndindex(B, N, L):
         x = np.concatenate([np.asarray(params["keys"])[i], np.asarray(h)[b, j]])
         x = gelu(x @ dense_1 + np.asarray(params["state_in"]["bias"]))
         x = x if released else norm(params["norms_0"], x)
-        for k in range(1, num_layers - 1 if released else num_layers):
+        for k in range(1, 2 if plain else num_layers - 1 if released else num_layers):
             y = gelu(linear(params[f"hidden_{k - 1}"], x))
-            x = x + (y if released else norm(params[f"norms_{k}"], y))
-        out[b, i, j] = x + norm(params[f"{stack}_norm"], gelu(linear(params[f"{stack}_out"], x)))
+            x = (0 if plain else x) + (y if released else norm(params[f"norms_{k}"], y))
+        out[b, i, j] = (0 if plain else x) + norm(params[f"{stack}_norm"], gelu(linear(params[f"{stack}_out"], x)))
     return out
 
 
 @pytest.mark.parametrize("stack", ["task", "retrieval"])
-@pytest.mark.parametrize(("form", "num_layers"), [("paper", 1), ("paper", 3), ("released", 2), ("released", 3)])
+@pytest.mark.parametrize(
+    ("form", "num_layers"),
+    [("paper", 1), ("paper", 3), ("bert", 2), ("bert", 3), ("electra", 1), ("electra", 2), ("electra", 3)],
+)
 def test_equals_the_formula(h, form, num_layers, stack):
     demux, params = make(form, num_layers)
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(5), p.shape), params)
@@ -101,7 +105,7 @@ def _equations(jaxpr):
 
 
 def test_dropout_differs_between_instances(h):
-    demux, params = make("released", dropout_rate=0.5)
+    demux, params = make("bert", dropout_rate=0.5)
     params = {**params, "keys": jnp.zeros_like(params["keys"])}
     out = demux.apply({"params": params}, h, train=True, rngs={"dropout": jax.random.key(0)})
     assert not np.allclose(out[:, 0], out[:, 1])

@@ -14,6 +14,7 @@ from datamux_jax.config import validate
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import evaluate
 from datamux_jax.runs import load_run
+from datamux_jax.train import train
 from tests.conftest import small_config, text_config
 
 
@@ -152,6 +153,7 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
         monkeypatch.setattr(ml_collections.ConfigDict, method, watching(getattr(ml_collections.ConfigDict, method)))
     monkeypatch.setitem(experiment.BASELINES, "char_tfidf", lambda config, split: {"name": "a stand-in", "accuracy": 0.5})
     experiment.run(two_stages(), tmp_path / "watched")
+    train(text_config(objective="electra", generator__kind="plain"), tmp_path / "pre-trained")
 
     def leaves(node):
         for key in node:
@@ -167,7 +169,7 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
     [
         ({"num_instances": 0}, "num_instances = 0 is not positive"),
         ({"num_instances": -2}, "num_instances = -2 is not positive"),
-        ({"mux__name": "hadamar"}, "mux.name = 'hadamar' does not exist. Choose one of: gaussian_hadamard, none"),
+        ({"mux__name": "hadamar"}, "mux.name = 'hadamar' does not exist. Choose one of: binary_hadamard, contextual"),
         ({"mux__name": "none"}, r"mux.name = 'none' goes with demux.name = 'none'"),
         ({"mux__name": "none", "demux__name": "none"}, "plain network for one instance, but num_instances = 2"),
         ({"model__num_heads": 3}, "not divisible by model.num_heads = 3"),
@@ -180,7 +182,7 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
         ({"optimizer__learning_rate": -1.0}, "learning_rate = -1.0 is not positive"),
         ({"retrieval_percentage": 1.5}, "is a share"),
         ({"dtype": "float16"}, "Choose one of: bfloat16, float32"),
-        ({"task_loss_coeff": 0.0}, "nothing to classify"),
+        ({"task_loss_coeff": 0.0}, "no task to learn"),
     ],
 )
 def test_wrong_values_are_refused(changes, message):

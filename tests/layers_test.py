@@ -62,7 +62,7 @@ def test_block_is_post_layer_norm(x):
 
 
 def test_embeddings_add_positions_and_types_then_normalise():
-    layer = Embeddings(SPEC, max_length=6, vocab_size=11, type_vocab_size=2)
+    layer = Embeddings(SPEC, num_positions=6, vocab_size=11, type_vocab_size=2)
     ids = jnp.array([[3, 1, 4, 1]])
     p = nn.unbox(layer.init(jax.random.key(0), ids)["params"])
     total = np.asarray(p["word"]["embedding"])[ids] + np.asarray(p["position"])[:4] + np.asarray(p["type"])[0]
@@ -71,7 +71,9 @@ def test_embeddings_add_positions_and_types_then_normalise():
 
 
 def test_masked_mean_ignores_padding_and_survives_nothing_but_padding(x):
-    mask = jnp.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    mask = jnp.array([[[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 1]]] * 2)
     out = masked_mean(x, mask)
-    np.testing.assert_allclose(out[0], x[0, :2].mean(0), atol=1e-6)
-    np.testing.assert_array_equal(out[1], np.zeros(8))
+    assert out.shape == (2, 3, 8)
+    np.testing.assert_allclose(out[0, 0], x[0, :2].mean(0), atol=1e-6)
+    np.testing.assert_array_equal(out[:, 1], np.zeros((2, 8)))
+    np.testing.assert_allclose(out[1, 2], (x[1, 1] + x[1, 4]) / 2, atol=1e-6)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from datamux_jax import sharding
+from datamux_jax.build import build, count_params, init_params
 from datamux_jax.errors import InputError
-from datamux_jax.model import POOLS, build, count_params, init_params
+from datamux_jax.model import POOLS
 from tests.conftest import small_config
 
 N, L, V, C = 3, 6, 20, 4
@@ -86,6 +87,8 @@ def test_the_plain_network_never_reads_padding(pool, tokens, mask):
 
 def test_the_plain_network_has_neither_mux_nor_demux():
     _, params = make(1)
+    assert set(params) == {"embeddings", "backbone", "classifier"}
+    _, params = make(1, retrieval_loss_coeff=0.1)
     assert set(params) == {"embeddings", "backbone", "classifier", "decoder"}
 
 

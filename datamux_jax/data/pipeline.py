@@ -18,6 +18,7 @@ import numpy as np
 from datamux_jax.data import sources
 from datamux_jax.data.tokenizers import TOKENIZERS
 from datamux_jax.errors import InputError, choose
+from datamux_jax.families import SpecialTokens
 
 Arrays = dict[str, np.ndarray]
 
@@ -31,25 +32,36 @@ class Format:
       length: `L`.
       tokenizer: key of `TOKENIZERS`; empty for feature inputs.
       feature_size: `F` of feature inputs; 0 for text.
+      vocab_size: `V` of the network, prefix tokens included; 0 for feature inputs.
+      tokens: ids of the special tokens; None for feature inputs.
+      token_labels: labels belong to tokens, not to examples.
     """
 
     label_names: tuple[str, ...]
     length: int
     tokenizer: str = ""
     feature_size: int = 0
+    vocab_size: int = 0
+    tokens: SpecialTokens | None = None
+    token_labels: bool = False
 
-    @property
-    def vocab_size(self) -> int:
-        return TOKENIZERS[self.tokenizer]().vocab_size if self.tokenizer else 0
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Format:
+        """The format whose `dataclasses.asdict` was saved."""
+        tokens = fields["tokens"] and SpecialTokens(**fields["tokens"])
+        return cls(**{**fields, "label_names": tuple(fields["label_names"]), "tokens": tokens})
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one instance: `[L]` or `[L, F]`."""
-        return (self.length,) if self.tokenizer else (self.length, self.feature_size)
+        return (self.length,) if self.vocab_size else (self.length, self.feature_size)
 
     @property
     def input_dtype(self) -> np.dtype:
-        return np.dtype(np.int32 if self.tokenizer else np.float32)
+        return np.dtype(np.int32 if self.vocab_size else np.float32)
 
     def encode(self, inputs: Any) -> Arrays:
         """`inputs` and `mask` arrays of texts, or of features `[n, L, F]`.
@@ -57,6 +69,11 @@ class Format:
         Raises:
           InputError: the inputs are not what this format reads.
         """
+        if self.vocab_size and not self.tokenizer:
+            raise InputError(
+                "This run was converted from a published checkpoint and has no tokenizer for texts yet. Train a run that starts from it "
+                "(init_from), and load that."
+            )
         if self.tokenizer:
             if isinstance(inputs, str) or not isinstance(inputs, Sequence):
                 raise InputError(f"This model reads a list of strings, but got {_short(inputs)}. Pass a list: [text, ...].")
@@ -106,7 +123,11 @@ def load(config: Any) -> tuple[Format, dict[str, Arrays]]:
                 f"data.length = {config.data.length}, but a text needs at least 2 positions, [CLS] and one token. Raise it."
             )
         tokenizer = choose(TOKENIZERS, config.data.tokenizer, "The tokenizer data.tokenizer =")
-        fmt = Format(source.label_names, config.data.length, tokenizer=tokenizer)
+        # Only the index demultiplexer feeds tokens that no text has.
+        encoder = TOKENIZERS[tokenizer]()
+        tokens, size = encoder.special_tokens(config.num_instances)
+        size = size if config.demux.name == "index" else encoder.vocab_size
+        fmt = Format(source.label_names, config.data.length, tokenizer=tokenizer, vocab_size=size, tokens=tokens)
     splits = {name: {**fmt.encode(examples.inputs), "label": examples.labels} for name, examples in source.splits.items()}
     return fmt, splits
 

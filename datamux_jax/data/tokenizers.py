@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from datamux_jax.families import SpecialTokens
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -25,6 +27,15 @@ class ByteTokenizer:
     def vocab_size(self) -> int:
         return self.first_byte_id + 256
 
+    def special_tokens(self, num_instances: int) -> tuple[SpecialTokens, int]:
+        """The special ids, and the vocabulary size with room for the prefix of the index demultiplexer behind the bytes."""
+        filler = self.vocab_size
+        tokens = SpecialTokens(
+            pad=self.pad_id, cls=self.cls_id, sep=self.sep_id, mask=self.mask_id, mlp_first=self.cls_id,
+            filler=filler, index=filler + num_instances, index_cls=self.cls_id,
+        )  # fmt: skip
+        return tokens, filler + 1 + num_instances
+
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens, `[CLS]` included."""
         ids = np.full((len(texts), length), self.pad_id, np.int32)
@@ -38,7 +49,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text behind token ids, specials left out; bytes that are not UTF-8 become U+FFFD."""
-        codes = [int(i) - self.first_byte_id for i in ids if int(i) >= self.first_byte_id]
+        codes = [int(i) - self.first_byte_id for i in ids if 0 <= int(i) - self.first_byte_id < 256]
         return bytes(codes).decode("utf-8", "replace")
 
 

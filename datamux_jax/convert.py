@@ -1,0 +1,179 @@
+"""Published folders to runs and back: what `python -m launch.convert` does."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from datamux_jax import checkpoint, hf, sharding, workdir
+from datamux_jax.build import build, build_generator, count_params, init_params
+from datamux_jax.data.pipeline import Format
+from datamux_jax.errors import InputError
+from datamux_jax.families import published_tokens
+from datamux_jax.runs import load_run
+from datamux_jax.train import FORMAT
+
+SOURCE = "source.json"
+TOKENIZER = "tokenizer"
+
+
+def find_source(name: str, revision: str = "") -> Path:
+    """The folder that `--source` names: a local one, or one downloaded from the Hugging Face hub at a pinned commit.
+
+    Raises:
+      InputError: no such folder; or the hub cannot be used.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(
+            f"--source={name} is neither a folder nor a name on the Hugging Face hub (owner/name). Check the path."
+        )
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise InputError(
+            f"--source={name} is no folder here. To download a name from the Hugging Face hub, pip install 'datamux_jax[hub]'; or name "
+            "a folder."
+        ) from error
+    try:
+        if not re.fullmatch(r"[0-9a-f]{40}", revision):
+            current = huggingface_hub.HfApi().model_info(name).sha
+            raise InputError(
+                f"--source={name} is downloaded at one commit only, so that it stays the same. Today's is --revision={current}."
+            )
+        patterns = [*hf.WEIGHTS, "config.json", *hf.TOKENIZER_FILES]
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except InputError:
+        raise
+    except Exception as error:  # The hub client raises errors of the libraries below it.
+        raise InputError(
+            f"--source={name} is no folder here, and the Hugging Face hub does not give it: {type(error).__name__}. Check the name, "
+            "--revision and the network, or download the folder elsewhere and name it."
+        ) from error
+
+
+def import_run(source: Path, run: Path, *, objective: str = "", seed: int = 0) -> str:
+    """Writes the published checkpoint in `source` as a run without training state.
+
+    Args:
+      source: folder with `config.json` and weights.
+      run: the new run's folder.
+      objective: what it is for; default: what its class was trained for.
+      seed: of parameters that the checkpoint lacks.
+
+    Returns:
+      One paragraph that says what was read.
+
+    Raises:
+      InputError: the folder does not hold such a checkpoint, or `run` is taken; nothing has been written then.
+    """
+    path = source / "config.json"
+    published = hf.read_json(path)
+    config = hf.to_config(published, str(path), objective=objective)
+    config.seed = seed
+    fmt = _format(config, published)
+    model = build(
+        config,
+        num_classes=len(fmt.label_names),
+        vocab_size=fmt.vocab_size,
+        max_length=fmt.length,
+        tokens=fmt.tokens,
+    )
+    generator = build_generator(config, model)
+
+    def make(key: jax.Array) -> Any:
+        shape = (1, config.num_instances, *fmt.input_shape)
+        return sharding.unbox(init_params(model, key, shape, fmt.input_dtype, generator))
+
+    fresh = jax.device_get(jax.jit(make)(jax.random.key(seed)))
+    plain_encoder = config.mux.name == "none" and config.objective == "retrieval"
+    may_lack = ("classifier/", "replaced_head/") if objective else ()
+    may_lack += ("decoder/",) if plain_encoder else ()
+    params, stayed = hf.import_state(hf.read_state(source), config, fresh, str(source), may_lack=may_lack)
+    workdir.claim(run, config, needed_bytes=4 * count_params(params) + 20_000_000)
+    with workdir.lock(run):
+        workdir.write_json(run / FORMAT, fmt.to_json())
+        workdir.write_json(run / SOURCE, {"source": str(source), "fresh": stayed, "config": published})
+        copy_files(source, run / TOKENIZER)
+        with contextlib.closing(checkpoint.Checkpoints(run)) as saves:
+            saves.save(0, params)
+            saves.wait()
+    kind = f"N = {config.num_instances}, {config.mux.name}, {config.demux.name}" if config.mux.name != "none" else "plain"
+    left = f" Fresh, as the checkpoint has none: {', '.join(stayed)}." if stayed else ""
+    return (
+        f"{source}: {config.model.family}, {kind}, objective {config.objective}, {count_params(params):,} parameters -> {run}.{left} "
+        f"A run of the same sizes starts from it with --config.init_from={run}."
+    )
+
+
+def _format(config: Any, published: dict[str, Any]) -> Format:
+    family, n = config.model.family, config.num_instances
+    index = config.demux.name == "index"
+    vocab_size = int(published["vocab_size"]) if "vocab_size" in published else hf.FAMILIES[family].vocab_size
+    tokens = published_tokens(family, vocab_size, n, index=index)
+    taken = (tokens.pad + 1 if hf.FAMILIES[family].positions_from_pads else 0) + (n + 1 if index else 0)
+    return Format(
+        label_names=hf.label_names(published),
+        length=config.model.max_positions - taken,
+        vocab_size=vocab_size,
+        tokens=tokens,
+        token_labels=config.objective == "tagging",
+    )
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files, as far as there are any."""
+    for name in hf.TOKENIZER_FILES:
+        if (source / name).is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def export_run(run: Path, target: Path) -> str:
+    """Writes the run in `run` as a folder that the published code loads.
+
+    Returns:
+      One paragraph that says what was written.
+
+    Raises:
+      InputError: the run cannot be read, the published code computes no such network, or `target` is taken.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(
+            f"--to_hf={target} exists and is not an empty folder, so nothing is written there. Choose another one."
+        )
+    loaded = load_run(run)
+    config, fmt = loaded.config, loaded.format
+    if fmt.tokens is None:
+        raise InputError(
+            f"{run} reads feature vectors; the published code reads tokens only. Its own checkpoint is in the workdir."
+        )
+    published = hf.from_config(
+        config, vocab_size=fmt.vocab_size, positions=loaded.model.num_positions, labels=fmt.label_names, pad=fmt.tokens.pad
+    )
+    if config.mux.name != "none" and fmt.tokens != published_tokens(config.model.family, fmt.vocab_size, config.num_instances):
+        raise InputError(
+            f"{run} uses other special tokens ({fmt.tokens}) than the published code of the family {config.model.family!r}, which has "
+            "them written into its classes. Only a run on that family's vocabulary can be exported."
+        )
+    state = hf.export_state(jax.device_get(loaded.params), config)
+    # Published where complete: a folder that is half written never has the name asked for.
+    partial = target.with_name(target.name + workdir.TEMPORARY)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    hf.write_state(partial / hf.WEIGHTS[0], state)
+    workdir.write_json(partial / "config.json", published)
+    copy_files(run / TOKENIZER, partial)
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
+    size = sum(int(np.prod(value.shape)) for value in state.values())
+    return f"{run} -> {target}: {published['architectures'][0]}, {len(state)} tensors, {size:,} numbers (shared ones under each of their names)."

@@ -1,0 +1,196 @@
+"""Terms of the objectives, on hidden states that exist already: `(loss, sums)`.
+
+A batch is a dict of arrays: `inputs` `[B, N, L]` or `[B, N, L, F]`, `mask` `[B, N, L]`, `label` `[B, N]` (tagging: `[B, N, L]`, -100
+where there is none) and `weight` `[B, N]`, which is 0 for rows that only fill up a group. Sums are described in `metrics.py`;
+accuracies have one entry an instance slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from datamux_jax import corruption
+from datamux_jax.layers import Array
+from datamux_jax.model import MultiplexedTransformer, call
+
+Batch = Mapping[str, Array]
+Sums = dict[str, tuple[Array, Array]]
+NO_LABEL = -100
+
+
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """Mean of `values` under `weights`; 0 if all weights are 0, so that an empty batch has no gradient."""
+    return (values * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+
+
+def draw_retrieval(
+    model: MultiplexedTransformer, key: Array, fed_BxNxL: Array, percentage: float, *, pads_count: bool = False
+) -> tuple[Array, Array, Array]:
+    """Draws what token retrieval asks for: `(instance, target, weight)`, all `[B, L']`.
+
+    Args:
+      model: the network.
+      key: random key.
+      fed_BxNxL: the tokens that it was fed (`MultiplexedTransformer.feed`).
+      percentage: share of the positions that carry a loss, each kept independently.
+      pads_count: padding is asked for too, as published pre-training does.
+    """
+    instance_key, keep_key = jax.random.split(key)
+    groups, instances, length = fed_BxNxL.shape
+    instance = corruption.draw_instances(instance_key, groups, length, instances)
+    pad = None if pads_count or model.tokens is None else model.tokens.pad
+    target, weight = corruption.retrieval_targets(fed_BxNxL, instance, pad=pad, start=model.retrieval_start)
+    if percentage < 1.0:
+        weight = weight * jax.random.bernoulli(keep_key, percentage, weight.shape)
+    return instance, target, weight
+
+
+def retrieval_loss(
+    model: MultiplexedTransformer,
+    params: Any,
+    h_BxLxD: Array,
+    drawn: tuple[Array, Array, Array],
+    rngs: Mapping[str, Array],
+    train: bool,
+) -> tuple[Array, Sums]:
+    """Token retrieval on hidden states that exist already: cross-entropy over the vocabulary (DataMUX, section 3.3).
+
+    Rows that only fill up a group count too, as published.
+    """
+    instance, target, weight = drawn
+    logits = call(model, params, "retrieve", h_BxLxD, instance, train, rngs=dropout_stream(rngs, 1))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    right = (logits.argmax(-1) == target) * weight
+    slot = jax.nn.one_hot(instance, model.num_instances)
+    sums = {
+        "retrieval_loss": ((loss * weight).sum(), weight.sum()),
+        "retrieval_accuracy": (jnp.einsum("bl,bln->n", right, slot), jnp.einsum("bl,bln->n", weight, slot)),
+    }
+    return weighted_mean(loss, weight), sums
+
+
+def classification_loss(
+    model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
+) -> tuple[Array, Sums]:
+    """Cross-entropy of sequence classification, mean over all instances of all groups."""
+    logits = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))
+    return _cross_entropy(logits, batch["label"], batch["weight"])
+
+
+def regression_loss(
+    model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
+) -> tuple[Array, Sums]:
+    """Squared error of one number a sequence, mean over all instances of all groups."""
+    outputs = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))[..., 0]
+    error = jnp.square(outputs - batch["label"])
+    weight = batch["weight"]
+    sums = {
+        "task_loss": ((error * weight).sum(), weight.sum()),
+        "squared_error": ((error * weight).sum(0), weight.sum(0)),
+    }
+    return weighted_mean(error, weight), sums
+
+
+def tagging_loss(
+    model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
+) -> tuple[Array, Sums]:
+    """Cross-entropy of token classification, mean over all labelled tokens of all instances."""
+    logits = call(model, params, "tag", h_BxLxD, train, rngs=dropout_stream(rngs, 2))
+    label = batch["label"][..., : logits.shape[2]]
+    weight = (label != NO_LABEL) * batch["weight"][..., None]
+    return _cross_entropy(logits, jnp.maximum(label, 0), weight)
+
+
+def replaced_loss(
+    model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
+) -> tuple[Array, Sums]:
+    """ELECTRA's discriminator: binary cross-entropy of "replaced" (`label`, `[B, N, L]`), mean over tokens that are no padding."""
+    logits = call(model, params, "replaced", h_BxLxD, train, rngs=dropout_stream(rngs, 2))
+    length = logits.shape[2]
+    label = batch["label"][..., :length].astype(jnp.float32)
+    weight = batch["mask"][..., :length] * batch["weight"][..., None]
+    loss = optax.sigmoid_binary_cross_entropy(logits, label)
+    right = ((logits > 0) == (label > 0)) * weight
+    sums = {
+        "task_loss": ((loss * weight).sum(), weight.sum()),
+        "replaced_accuracy": (right.sum((0, 2)), weight.sum((0, 2))),
+    }
+    return weighted_mean(loss, weight), sums
+
+
+def chosen_tokens_loss(
+    model: MultiplexedTransformer,
+    params: Any,
+    h_BxLxD: Array,
+    tokens_BxNxL: Array,
+    chosen_BxNxL: Array,
+    room: int,
+    rngs: Mapping[str, Array],
+    train: bool,
+) -> tuple[Array, Sums, tuple[Array, Array, Array, Array]]:
+    """MLM: cross-entropy over the vocabulary at the chosen tokens of all instances; logits exist only there.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      h_BxLxD: hidden states of the rows.
+      tokens_BxNxL: the original tokens.
+      chosen_BxNxL: which of them are asked for.
+      room: how many a group at most.
+      rngs: random keys.
+      train: draw dropout.
+
+    Returns:
+      Loss, sums, and `(logits_BxPxV, instance_BxP, position_BxP, weight_BxP)`, positions counted without prefix.
+    """
+    body = h_BxLxD.shape[1] - model.offset  # A cut prefix pushes the last tokens out.
+    instance, position, weight = corruption.gather_chosen(chosen_BxNxL[..., :body], min(room, model.num_instances * body))
+    logits = call(
+        model, params, "predict_tokens", h_BxLxD, instance, position + model.offset, train, rngs=dropout_stream(rngs, 2)
+    )
+    target = tokens_BxNxL[jnp.arange(len(instance))[:, None], instance, position]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    right = (logits.argmax(-1) == target) * weight
+    slot = jax.nn.one_hot(instance, model.num_instances)
+    sums = {
+        "mlm_loss": ((loss * weight).sum(), weight.sum()),
+        "mlm_accuracy": (jnp.einsum("bp,bpn->n", right, slot), jnp.einsum("bp,bpn->n", weight, slot)),
+    }
+    return weighted_mean(loss, weight), sums, (logits, instance, position, weight)
+
+
+def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch) -> Sums:
+    """Retrieval accuracy over every token of every instance, position 0 excepted (it is the same for all): `[N]` sums.
+
+    Instances are read one after another, so that one plane of vocabulary logits exists at a time.
+    """
+    body = h_BxLxD.shape[1] - model.offset
+    tokens = batch["inputs"][..., :body]
+    counted = batch["mask"][..., :body] * batch["weight"][..., None].astype(batch["mask"].dtype)
+    counted = counted.at[..., 0].set(0)
+    position = jnp.broadcast_to(jnp.arange(body) + model.offset, (len(tokens), body))
+
+    def one(i: Array) -> tuple[Array, Array]:
+        logits = call(model, params, "predict_tokens", h_BxLxD, jnp.full_like(position, i), position)
+        return ((logits.argmax(-1) == tokens[:, i]) * counted[:, i]).sum(), counted[:, i].sum()
+
+    return {"retrieval_accuracy": jax.lax.map(one, jnp.arange(tokens.shape[1]))}
+
+
+def _cross_entropy(logits: Array, label: Array, weight: Array) -> tuple[Array, Sums]:
+    """Mean cross-entropy, and sums with one accuracy an instance, for `[B, N, ..., C]` logits."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    right = (logits.argmax(-1) == label) * weight
+    others = tuple(axis for axis in range(weight.ndim) if axis != 1)
+    sums = {"task_loss": ((loss * weight).sum(), weight.sum()), "accuracy": (right.sum(others), weight.sum(others))}
+    return weighted_mean(loss, weight), sums
+
+
+def dropout_stream(rngs: Mapping[str, Array], use: int) -> dict[str, Array]:
+    """A dropout stream for one of several calls to the network, each with masks of its own."""
+    return {"dropout": jax.random.fold_in(rngs["dropout"], use)} if "dropout" in rngs else {}

@@ -1,0 +1,186 @@
+"""Compares this project with input/output pairs of the published PyTorch modules.
+
+    python -m tests.golden --dir=tests/golden_pairs
+
+Every `NAME.json` / `NAME.npz` pair of the folder is one evaluation-mode forward pass of a published module. Its weights are a pure
+function of their names; here they go through the importer like a downloaded checkpoint. Exit code 1 if an output differs by more
+than 1e-5 in float32, or a pair cannot be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from datamux_jax import corruption, hf, losses, sharding
+from datamux_jax.build import build, init_params
+from datamux_jax.families import published_tokens
+from datamux_jax.model import call
+from datamux_jax.mux import chunk_masks
+
+TOLERANCE = 1e-5
+FAMILIES = {"datamux": "roberta", "muxbert": "bert", "muxelectra": "electra"}
+OBJECTIVES = {"sequence": "classification", "token": "tagging", "mlm": "mlm", "rtd": "electra"}
+U64 = np.uint64
+
+
+def uniform(name: str, size: int) -> np.ndarray:
+    """`size` numbers in [0, 1) that depend on `name` alone: SplitMix64 over a counter."""
+    with np.errstate(over="ignore"):
+        x = np.arange(size, dtype=U64) + (U64(zlib.crc32(name.encode("utf-8"))) << U64(32))
+        x += U64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+        x ^= x >> U64(31)
+    return (x >> U64(40)).astype(np.float64) / 2**24
+
+
+def fill(pair: dict) -> hf.State:
+    """The state dict that a pair's manifest describes."""
+    state = {}
+    for key, rule in pair["state"].items():
+        shape = tuple(rule["shape"])
+        if "built" in rule:
+            state[key] = np.asarray(chunk_masks(pair["binary_hadamard_epsilon"])(jax.random.key(0), shape))
+        elif "alias_of" not in rule:
+            values = rule["offset"] + rule["scale"] * (2 * uniform(key, int(np.prod(shape))) - 1)
+            state[key] = values.astype(np.float32).reshape(shape)
+    return state | {key: state[rule["alias_of"]] for key, rule in pair["state"].items() if "alias_of" in rule}
+
+
+def published_config(pair: dict) -> dict:
+    """The `config.json` that would lie beside such a checkpoint."""
+    family = FAMILIES[pair["family"]]
+    objective = OBJECTIVES[pair["task"]]
+    classes = hf.ARCHITECTURES[family, True]
+    return {
+        "architectures": [next(name for name, there in classes.items() if there == objective)],
+        "model_type": family,
+        "num_hidden_layers": pair["num_layers"],
+        "num_attention_heads": pair["num_heads"],
+        "muxing_variant": pair["mux"],
+        "demuxing_variant": pair["demux"],
+        "type_vocab_size": pair["state"][f"{family}.embeddings.token_type_embeddings.weight"]["shape"][0],
+        **{key: value for key, value in pair.items() if key not in ("state", "name", "family", "task", "mux", "demux")},
+    }
+
+
+def run(pair: dict, data: dict[str, np.ndarray]) -> dict[str, float]:
+    """Largest absolute error of every output of a pair."""
+    published = published_config(pair)
+    config = hf.to_config(published, pair["name"])
+    n, vocab_size = config.num_instances, pair["vocab_size"]
+    tokens = published_tokens(config.model.family, vocab_size, n, index=config.demux.name == "index")
+    length = data["input_ids"].shape[1]
+    model = build(config, num_classes=pair["num_labels"], vocab_size=vocab_size, max_length=length, tokens=tokens)
+    fresh = sharding.unbox(init_params(model, jax.random.key(0), (1, n, length), "int32"))
+    params, stayed = hf.import_state(fill(pair), config, fresh, pair["name"])
+    assert not stayed, f"not in the checkpoint: {stayed}"
+
+    def grouped(name: str, fillers: str) -> jax.Array:
+        rows = data[name]
+        extra = rows[data[fillers]] if fillers in data else rows[:0]
+        return jnp.asarray(np.concatenate([rows, extra]).reshape(-1, n, *rows.shape[1:]))
+
+    rows = len(data["input_ids"])
+    ids, mask = grouped("input_ids", "dummy_rows_for_ids"), grouped("attention_mask", "dummy_rows_for_mask")
+    labels = grouped("labels", "dummy_rows_for_ids")
+    weight = (jnp.arange(ids.shape[0] * n) < rows).astype(jnp.float32).reshape(-1, n)
+    batch = {"inputs": ids, "mask": mask, "label": labels, "weight": weight}
+
+    def flat(x: jax.Array) -> np.ndarray:
+        return np.asarray(x).reshape(-1, *x.shape[2:])
+
+    h = call(model, params, "encode", ids, mask)
+    outputs = {}
+    if pair["task"] == "sequence":
+        outputs["demuxed"] = flat(call(model, params, "features", h, mask))
+        outputs["logits"] = flat(call(model, params, "classify", h, mask))[:rows]
+        loss_of = losses.regression_loss if config.objective == "regression" else losses.classification_loss
+        outputs["task_loss"] = loss_of(model, params, h, batch, {}, False)[0]
+    elif pair["task"] == "token":
+        outputs["logits"] = flat(call(model, params, "tag", h))[:rows]
+        outputs["demuxed"] = flat(model.apply({"params": params}, h, method=lambda m, h: m.demux(h)))
+        outputs["task_loss"] = losses.tagging_loss(model, params, h, batch, {}, False)[0]
+    elif pair["task"] == "rtd":
+        outputs["logits"] = flat(call(model, params, "replaced", h))[:rows]
+        outputs["demuxed"] = flat(model.apply({"params": params}, h, method=lambda m, h: m.demux(h)))
+        outputs["task_loss"] = losses.replaced_loss(model, params, h, batch, {}, False)[0]
+    else:
+        outputs |= masked_lm(model, params, h, batch, data)
+    drawn = retrieval_draw(model, ids, data["retrieval_instances"], pads_count=pair["task"] in ("mlm", "rtd"))
+    outputs["retrieval_loss"] = losses.retrieval_loss(model, params, h, drawn, {}, False)[0]
+    outputs["loss"] = config.task_loss_coeff * outputs["task_loss"] + config.retrieval_loss_coeff * outputs["retrieval_loss"]
+    errors = {}
+    for name in ("logits", "logits_at_masked", "demuxed", "task_loss", "retrieval_loss", "loss"):
+        if name in data:
+            ours = np.asarray(outputs[name])
+            errors[name] = float(np.max(np.abs(ours.reshape(data[name].shape) - data[name])))
+    return errors
+
+
+def retrieval_draw(model, ids: jax.Array, instances: np.ndarray, *, pads_count: bool) -> tuple:
+    """The recorded draw; instances were recorded only where a position can carry a loss."""
+    fed = model.feed(ids)
+    instance = jnp.zeros((fed.shape[0], fed.shape[2]), jnp.int32)
+    instance = instance.at[:, fed.shape[2] - instances.shape[1] :].set(instances)
+    pad = None if pads_count else model.tokens.pad
+    target, weight = corruption.retrieval_targets(fed, instance, pad=pad, start=model.retrieval_start)
+    return instance, target, weight
+
+
+def masked_lm(model, params, h: jax.Array, batch: dict, data: dict) -> dict:
+    """MLM with the recorded labels in the place of a draw."""
+    label = batch["label"]
+    chosen = label != losses.NO_LABEL
+    room = int(chosen.sum((1, 2)).max())
+    target = jnp.maximum(label, 0)
+    loss, _, (logits, instance, position, weight) = losses.chosen_tokens_loss(model, params, h, target, chosen, room, {}, False)
+    groups, n = label.shape[:2]
+    full = np.zeros((groups, n, h.shape[1], logits.shape[-1]), np.float32)
+    for b, p in np.argwhere(np.asarray(weight) > 0):
+        full[b, instance[b, p], position[b, p] + model.offset] = logits[b, p]
+    full = full.reshape(groups * n, *full.shape[2:])
+    moved = np.full((groups * n, h.shape[1]), losses.NO_LABEL)
+    moved[:, model.offset :] = np.asarray(label).reshape(groups * n, -1)[:, : h.shape[1] - model.offset]
+    return {"logits": full, "logits_at_masked": full[moved != losses.NO_LABEL], "task_loss": loss}
+
+
+def pairs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if path.with_suffix(".npz").exists())
+
+
+def load(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    with np.load(path.with_suffix(".npz")) as data:
+        return json.loads(path.read_text(encoding="utf-8")), dict(data)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, required=True, help="folder with NAME.json / NAME.npz pairs")
+    folder = parser.parse_args().dir
+    jax.config.update("jax_default_matmul_precision", "highest")
+    failed = 0
+    found = sorted(folder.glob("*.json"))
+    for path in found:
+        try:
+            errors = run(*load(path))
+            bad = [name for name, error in errors.items() if not error <= TOLERANCE]
+            text = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        except Exception as error:
+            bad, text = ["run"], f"cannot be run: {type(error).__name__}: {error}"
+        failed += bool(bad)
+        print(f"{'FAIL' if bad else 'ok  '}  {path.stem:45s}  {text}", flush=True)
+    print(f"{len(found) - failed} of {len(found)} pairs within {TOLERANCE:g}")
+    return 1 if failed or not found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
