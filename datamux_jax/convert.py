@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import checkpoint, hf, sharding, workdir
+from datamux_jax import checkpoint, hf, hf_config, sharding, workdir
 from datamux_jax.build import build, build_generator, count_params, init_params
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
-from datamux_jax.families import published_tokens
+from datamux_jax.families import FAMILIES, published_tokens
 from datamux_jax.runs import load_run
 from datamux_jax.train import FORMAT
 
@@ -77,7 +77,7 @@ def import_run(source: Path, run: Path, *, objective: str = "", seed: int = 0) -
     """
     path = source / "config.json"
     published = hf.read_json(path)
-    config = hf.to_config(published, str(path), objective=objective)
+    config = hf_config.to_config(published, str(path), objective=objective)
     config.seed = seed
     fmt = _format(config, published)
     model = build(
@@ -95,8 +95,7 @@ def import_run(source: Path, run: Path, *, objective: str = "", seed: int = 0) -
 
     fresh = jax.device_get(jax.jit(make)(jax.random.key(seed)))
     plain_encoder = config.mux.name == "none" and config.objective == "retrieval"
-    may_lack = ("classifier/", "replaced_head/") if objective else ()
-    may_lack += ("decoder/",) if plain_encoder else ()
+    may_lack = (*(("classifier/", "replaced_head/") if objective else ()), *(("decoder/",) if plain_encoder else ()))
     params, stayed = hf.import_state(hf.read_state(source), config, fresh, str(source), may_lack=may_lack)
     workdir.claim(run, config, needed_bytes=4 * count_params(params) + 20_000_000)
     with workdir.lock(run):
@@ -117,11 +116,11 @@ def import_run(source: Path, run: Path, *, objective: str = "", seed: int = 0) -
 def _format(config: Any, published: dict[str, Any]) -> Format:
     family, n = config.model.family, config.num_instances
     index = config.demux.name == "index"
-    vocab_size = int(published["vocab_size"]) if "vocab_size" in published else hf.FAMILIES[family].vocab_size
+    vocab_size = int(published["vocab_size"]) if "vocab_size" in published else FAMILIES[family].vocab_size
     tokens = published_tokens(family, vocab_size, n, index=index)
-    taken = (tokens.pad + 1 if hf.FAMILIES[family].positions_from_pads else 0) + (n + 1 if index else 0)
+    taken = (tokens.pad + 1 if FAMILIES[family].positions_from_pads else 0) + (n + 1 if index else 0)
     return Format(
-        label_names=hf.label_names(published),
+        label_names=hf_config.label_names(published),
         length=config.model.max_positions - taken,
         vocab_size=vocab_size,
         tokens=tokens,
@@ -156,7 +155,7 @@ def export_run(run: Path, target: Path) -> str:
         raise InputError(
             f"{run} reads feature vectors; the published code reads tokens only. Its own checkpoint is in the workdir."
         )
-    published = hf.from_config(
+    published = hf_config.from_config(
         config, vocab_size=fmt.vocab_size, positions=loaded.model.num_positions, labels=fmt.label_names, pad=fmt.tokens.pad
     )
     if config.mux.name != "none" and fmt.tokens != published_tokens(config.model.family, fmt.vocab_size, config.num_instances):
@@ -176,4 +175,7 @@ def export_run(run: Path, target: Path) -> str:
         target.rmdir()
     partial.rename(target)
     size = sum(int(np.prod(value.shape)) for value in state.values())
-    return f"{run} -> {target}: {published['architectures'][0]}, {len(state)} tensors, {size:,} numbers (shared ones under each of their names)."
+    return (
+        f"{run} -> {target}: {published['architectures'][0]}, {len(state)} tensors, {size:,} numbers, shared ones counted under each "
+        "of their names."
+    )

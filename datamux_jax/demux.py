@@ -58,7 +58,7 @@ class Demultiplexer(nn.Module):
     def prefix(self, tokens_BxNxL: Array) -> Array:
         """The tokens that the network is fed: `[B, N, L']`."""
         first = None if self.keep_first else self.first_token()
-        return tokens_BxNxL if first is None else tokens_BxNxL.at[..., 0].set(first)
+        return tokens_BxNxL if first is None else jnp.asarray(tokens_BxNxL).at[..., 0].set(first)
 
     def prefix_mask(self, mask_BxNxL: Array) -> Array:
         """The mask of the fed tokens: `[B, N, L']`."""

@@ -87,7 +87,7 @@ def regression_loss(
 ) -> tuple[Array, Sums]:
     """Squared error of one number a sequence, mean over all instances of all groups."""
     outputs = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))[..., 0]
-    error = jnp.square(outputs - batch["label"])
+    error = jnp.square(outputs - batch["label"].astype(outputs.dtype))
     weight = batch["weight"]
     sums = {
         "task_loss": ((error * weight).sum(), weight.sum()),

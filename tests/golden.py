@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from datamux_jax import corruption, hf, losses, sharding
+from datamux_jax import corruption, hf, hf_config, losses, sharding
 from datamux_jax.build import build, init_params
 from datamux_jax.families import published_tokens
 from datamux_jax.model import call
@@ -59,7 +59,7 @@ def published_config(pair: dict) -> dict:
     """The `config.json` that would lie beside such a checkpoint."""
     family = FAMILIES[pair["family"]]
     objective = OBJECTIVES[pair["task"]]
-    classes = hf.ARCHITECTURES[family, True]
+    classes = hf_config.ARCHITECTURES[family, True]
     return {
         "architectures": [next(name for name, there in classes.items() if there == objective)],
         "model_type": family,
@@ -75,7 +75,7 @@ def published_config(pair: dict) -> dict:
 def run(pair: dict, data: dict[str, np.ndarray]) -> dict[str, float]:
     """Largest absolute error of every output of a pair."""
     published = published_config(pair)
-    config = hf.to_config(published, pair["name"])
+    config = hf_config.to_config(published, pair["name"])
     n, vocab_size = config.num_instances, pair["vocab_size"]
     tokens = published_tokens(config.model.family, vocab_size, n, index=config.demux.name == "index")
     length = data["input_ids"].shape[1]

@@ -71,8 +71,8 @@ class Format:
         """
         if self.vocab_size and not self.tokenizer:
             raise InputError(
-                "This run was converted from a published checkpoint and has no tokenizer for texts yet. Train a run that starts from it "
-                "(init_from), and load that."
+                "This run was converted from a published checkpoint and has no tokenizer for texts yet. Train a run that starts "
+                "from it (init_from), and load that."
             )
         if self.tokenizer:
             if isinstance(inputs, str) or not isinstance(inputs, Sequence):
@@ -128,8 +128,14 @@ def load(config: Any) -> tuple[Format, dict[str, Arrays]]:
         tokens, size = encoder.special_tokens(config.num_instances)
         size = size if config.demux.name == "index" else encoder.vocab_size
         fmt = Format(source.label_names, config.data.length, tokenizer=tokenizer, vocab_size=size, tokens=tokens)
-    splits = {name: {**fmt.encode(examples.inputs), "label": examples.labels} for name, examples in source.splits.items()}
-    return fmt, splits
+    return fmt, _encoded(config.data.source, fmt)
+
+
+@functools.lru_cache(maxsize=4)
+def _encoded(name: str, fmt: Format) -> dict[str, Arrays]:
+    """All splits of a source as arrays: encoded once, whoever asks (checks, training, evaluation, benchmark). Not to be written to."""
+    splits = sources.load(name).splits
+    return {split: {**fmt.encode(examples.inputs), "label": examples.labels} for split, examples in splits.items()}
 
 
 def train_iterator(
