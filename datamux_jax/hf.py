@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
+import jax
 import numpy as np
 
 from datamux_jax import hf_names
@@ -68,7 +69,8 @@ def read_state(folder: Path) -> State:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(safe, framework="flax") as file:
+            # numpy has no bfloat16, so jax reads; on the host, whatever the accelerator is.
+            with jax.default_device(jax.local_devices(backend="cpu")[0]), safe_open(safe, framework="flax") as file:
                 return {key: np.asarray(file.get_tensor(key), np.float32) for key in file.keys() if _is_weight(file, key)}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{safe} is no complete safetensors file: {error}. Download it again.") from error

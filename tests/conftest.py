@@ -39,6 +39,17 @@ def text_config(n: int = 2, **changes):
     return small_config(n, **{"data__source": "cldr", "data__length": 12, **changes})
 
 
+def fresh_params(model, inputs_shape, inputs_dtype="int32", generator=None):
+    """Parameters of a new network; compiled, since initialising op by op takes many times as long."""
+    import jax
+
+    from datamux_jax import sharding
+    from datamux_jax.build import init_params
+
+    make = jax.jit(lambda key: sharding.unbox(init_params(model, key, inputs_shape, inputs_dtype, generator)))
+    return make(jax.random.key(0))
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """The folder of a small trained run on digits, N = 2."""

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from datamux_jax import optimizer, sharding
-from datamux_jax.build import HEADS, build, build_generator, init_params
+from datamux_jax import optimizer
+from datamux_jax.build import HEADS, build, build_generator
 from datamux_jax.demux import DEMUX
 from datamux_jax.families import FAMILIES, SpecialTokens
 from datamux_jax.mux import MUX
 from datamux_jax.objectives import OBJECTIVES
-from tests.conftest import text_config
+from tests.conftest import fresh_params, text_config
 
 B, N, L, V, C = 2, 3, 10, 40, 4
 ORDER = jnp.array([2, 0, 1])
@@ -68,8 +68,7 @@ def make(mux, demux, family, objective, dtype="float32"):
     )
     model = build(config, num_classes=C, vocab_size=V, max_length=L, tokens=tokens_of(family))
     generator = build_generator(config, model)
-    params = jax.jit(lambda key: sharding.unbox(init_params(model, key, (1, N, L), "int32", generator)))(jax.random.key(0))
-    return config, model, generator, params
+    return config, model, generator
 
 
 def batch_of(family, objective):
@@ -96,7 +95,8 @@ def unused(path, demux, objective):
 
 
 def check(mux, demux, family, objective):
-    config, model, generator, params = make(mux, demux, family, objective)
+    config, model, generator = make(mux, demux, family, objective)
+    params = fresh_params(model, (1, N, L), generator=generator)
     batch = batch_of(family, objective)
     compute = OBJECTIVES[objective](model, config, generator)
     rngs = {"corruption": jax.random.key(2), "dropout": jax.random.key(3)}
@@ -133,7 +133,7 @@ def check(mux, demux, family, objective):
         assert not np.allclose(a, b, atol=1e-2)
 
     # The dtype of the computation is kept, and read out in float32.
-    _, half, _, _ = make(mux, demux, family, objective, dtype="bfloat16")
+    half = make(mux, demux, family, objective, dtype="bfloat16")[1]
     shapes = jax.eval_shape(lambda: half.apply({"params": params}, batch["inputs"], batch["mask"], method="encode"))
     assert shapes.dtype == jnp.bfloat16
     outputs = jax.eval_shape(lambda: half.apply({"params": params}, batch["inputs"], batch["mask"]))

@@ -368,3 +368,14 @@ def test_the_command(tmp_path):
     again = run_command("convert", f"--source={source}", f"--workdir={tmp_path / 'out'}")
     assert_refused(again, "belongs to a run with another config")
     assert_refused(run_command("convert", f"--workdir={tmp_path / 'run'}"), "--source=DIR")
+
+
+def test_half_precision_files_are_read(tmp_path):
+    source, pair, _ = golden_folder(tmp_path)
+    state = golden.fill(pair)
+    import ml_dtypes
+
+    save_file({key: value.astype(ml_dtypes.bfloat16) for key, value in state.items()}, source / "model.safetensors")
+    for key, value in hf.read_state(source).items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, state[key].astype(ml_dtypes.bfloat16).astype(np.float32))

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from datamux_jax.demux import RSA
+from datamux_jax.demux import MLP, RSA, Index
+from datamux_jax.errors import InputError
+from datamux_jax.families import published_tokens
 from datamux_jax.layers import Spec
 
 B, N, L, D = 2, 3, 5, 8
@@ -110,3 +112,51 @@ def test_dropout_differs_between_instances(h):
     out = demux.apply({"params": params}, h, train=True, rngs={"dropout": jax.random.key(0)})
     assert not np.allclose(out[:, 0], out[:, 1])
     assert not np.allclose(out[0], demux.apply({"params": params}, h, train=True, rngs={"dropout": jax.random.key(1)})[0])
+
+
+@pytest.mark.parametrize("stack", ["task", "retrieval"])
+@pytest.mark.parametrize("kind", [Index, MLP])
+def test_index_and_mlp_select_and_pool(h, kind, stack):
+    """Selected pairs equal the full result, also of states that are not the row itself."""
+    demux = kind(SPEC, N)
+    both = [nn.unbox(demux.init(jax.random.key(0), h, stack=s)["params"]) for s in ("task", "retrieval")]
+    params = {**both[1], **both[0]}
+    full = demux.apply({"params": params}, h, stack=stack)
+    instance, position = jnp.array([[0, 2, 1], [2, 2, 0]]), jnp.array([[4, 0, 1], [3, 2, 0]])
+    chosen = demux.apply({"params": params}, h, (instance, position), stack=stack)
+    for b, p in np.ndindex(2, 3):
+        np.testing.assert_allclose(chosen[b, p], full[b, instance[b, p], position[b, p]], atol=1e-6)
+    part = demux.apply({"params": params}, h[:, 3:], row=h, stack=stack)
+    np.testing.assert_allclose(part, full[:, :, 3:], atol=1e-6)
+
+
+def test_index_equals_the_formula_on_the_concatenation(h):
+    demux = Index(SPEC, N)
+    params = nn.unbox(demux.init(jax.random.key(0), h)["params"])
+    weight = np.concatenate([np.asarray(params["task"]["key_in"]["kernel"]), np.asarray(params["task"]["state_in"]["kernel"])])
+    out = demux.apply({"params": params}, h)
+    for b, i, j in np.ndindex(B, N, L):
+        both = np.concatenate([np.asarray(h)[b, i], np.asarray(h)[b, j]])
+        expected = norm(params["task"]["norm"], gelu(both @ weight + np.asarray(params["task"]["state_in"]["bias"])))
+        np.testing.assert_allclose(out[b, i, j], expected, atol=1e-5)
+
+
+def test_prefixes_of_the_published_families():
+    text = jnp.arange(1, 9).reshape(1, 2, 4)
+
+    def fed(kind, family, size, **changes):
+        return np.asarray(kind(SPEC, 2, tokens=published_tokens(family, size, 2), **changes).prefix(text))[0].tolist()
+
+    assert fed(Index, "bert", 30522) == [[678, 680, 101, 1, 2, 3, 4], [680, 677, 101, 5, 6, 7, 8]]
+    assert fed(Index, "roberta", 50265) == [[50263, 50000, 49923, 1, 2, 3, 4], [50000, 50262, 49923, 5, 6, 7, 8]]
+    assert fed(Index, "electra", 30522, cut=True) == [[678, 680, 101, 1], [680, 677, 101, 5]]
+    assert fed(RSA, "bert", 30522) == [[101, 2, 3, 4], [101, 6, 7, 8]]
+    assert fed(RSA, "electra", 30522, keep_first=True) == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert fed(MLP, "roberta", 50265) == [[49923, 2, 3, 4], [49923, 6, 7, 8]]
+
+
+def test_a_vocabulary_too_small_for_the_prefix_is_refused():
+    with pytest.raises(InputError, match=r"up to 50000.*the vocabulary has 500"):
+        published_tokens("roberta", 500, 2, index=True)
+    with pytest.raises(InputError, match="down to -1"):
+        published_tokens("bert", 30522, 680, index=True)

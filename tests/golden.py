@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from datamux_jax import corruption, hf, hf_config, losses, sharding
-from datamux_jax.build import build, init_params
+from datamux_jax.build import SEQUENCE_OBJECTIVES, build, init_params
 from datamux_jax.families import published_tokens
 from datamux_jax.model import call
 from datamux_jax.mux import chunk_masks
@@ -80,7 +80,8 @@ def run(pair: dict, data: dict[str, np.ndarray]) -> dict[str, float]:
     tokens = published_tokens(config.model.family, vocab_size, n, index=config.demux.name == "index")
     length = data["input_ids"].shape[1]
     model = build(config, num_classes=pair["num_labels"], vocab_size=vocab_size, max_length=length, tokens=tokens)
-    fresh = sharding.unbox(init_params(model, jax.random.key(0), (1, n, length), "int32"))
+    shapes = jax.eval_shape(lambda key: init_params(model, key, (1, n, length), "int32"), jax.random.key(0))
+    fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), sharding.unbox(shapes))
     params, stayed = hf.import_state(fill(pair), config, fresh, pair["name"])
     assert not stayed, f"not in the checkpoint: {stayed}"
 
@@ -95,28 +96,16 @@ def run(pair: dict, data: dict[str, np.ndarray]) -> dict[str, float]:
     weight = (jnp.arange(ids.shape[0] * n) < rows).astype(jnp.float32).reshape(-1, n)
     batch = {"inputs": ids, "mask": mask, "label": labels, "weight": weight}
 
-    def flat(x: jax.Array) -> np.ndarray:
-        return np.asarray(x).reshape(-1, *x.shape[2:])
-
-    h = call(model, params, "encode", ids, mask)
-    outputs = {}
-    if pair["task"] == "sequence":
-        outputs["demuxed"] = flat(call(model, params, "features", h, mask))
-        outputs["logits"] = flat(call(model, params, "classify", h, mask))[:rows]
-        loss_of = losses.regression_loss if config.objective == "regression" else losses.classification_loss
-        outputs["task_loss"] = loss_of(model, params, h, batch, {}, False)[0]
-    elif pair["task"] == "token":
-        outputs["logits"] = flat(call(model, params, "tag", h))[:rows]
-        outputs["demuxed"] = flat(model.apply({"params": params}, h, method=lambda m, h: m.demux(h)))
-        outputs["task_loss"] = losses.tagging_loss(model, params, h, batch, {}, False)[0]
-    elif pair["task"] == "rtd":
-        outputs["logits"] = flat(call(model, params, "replaced", h))[:rows]
-        outputs["demuxed"] = flat(model.apply({"params": params}, h, method=lambda m, h: m.demux(h)))
-        outputs["task_loss"] = losses.replaced_loss(model, params, h, batch, {}, False)[0]
+    room = int((labels != losses.NO_LABEL).sum((1, 2)).max()) if pair["task"] == "mlm" else 0
+    pads_count = pair["task"] in ("mlm", "rtd")
+    compute = jax.jit(lambda params: forward(model, config, params, batch, data["retrieval_instances"], room, pads_count))
+    outputs = {name: np.asarray(value) for name, value in compute(params).items()}
+    if pair["task"] == "mlm":
+        outputs |= scattered(model.offset, np.asarray(labels), outputs)
     else:
-        outputs |= masked_lm(model, params, h, batch, data)
-    drawn = retrieval_draw(model, ids, data["retrieval_instances"], pads_count=pair["task"] in ("mlm", "rtd"))
-    outputs["retrieval_loss"] = losses.retrieval_loss(model, params, h, drawn, {}, False)[0]
+        for name in ("logits", "demuxed"):
+            outputs[name] = outputs[name].reshape(-1, *outputs[name].shape[2:])
+        outputs["logits"] = outputs["logits"][:rows]
     outputs["loss"] = config.task_loss_coeff * outputs["task_loss"] + config.retrieval_loss_coeff * outputs["retrieval_loss"]
     errors = {}
     for name in ("logits", "logits_at_masked", "demuxed", "task_loss", "retrieval_loss", "loss"):
@@ -126,31 +115,47 @@ def run(pair: dict, data: dict[str, np.ndarray]) -> dict[str, float]:
     return errors
 
 
-def retrieval_draw(model, ids: jax.Array, instances: np.ndarray, *, pads_count: bool) -> tuple:
-    """The recorded draw; instances were recorded only where a position can carry a loss."""
-    fed = model.feed(ids)
+def forward(model, config, params, batch: dict, instances: np.ndarray, room: int, pads_count: bool) -> dict:
+    """States, logits and losses of one pass, with the recorded draws in the place of random ones."""
+    h = call(model, params, "encode", batch["inputs"], batch["mask"])
+    out = {}
+    if config.objective in SEQUENCE_OBJECTIVES:
+        out["demuxed"] = call(model, params, "features", h, batch["mask"])
+        out["logits"] = call(model, params, "classify", h, batch["mask"])
+        loss_of = losses.regression_loss if config.objective == "regression" else losses.classification_loss
+        out["task_loss"] = loss_of(model, params, h, batch, {}, False)[0]
+    elif config.objective == "mlm":
+        label = batch["label"]
+        out["task_loss"], _, parts = losses.chosen_tokens_loss(
+            model, params, h, jnp.maximum(label, 0), label != losses.NO_LABEL, room, {}, False
+        )
+        out |= dict(zip(("chosen_logits", "instance", "position", "weight"), parts, strict=True))
+    else:
+        tagging = config.objective == "tagging"
+        out["demuxed"] = model.apply({"params": params}, h, method=lambda m, h: m.demux(h))
+        out["logits"] = call(model, params, "tag" if tagging else "replaced", h)
+        loss_of = losses.tagging_loss if tagging else losses.replaced_loss
+        out["task_loss"] = loss_of(model, params, h, batch, {}, False)[0]
+    # Instances were recorded only where a position can carry a loss.
+    fed = model.feed(batch["inputs"])
     instance = jnp.zeros((fed.shape[0], fed.shape[2]), jnp.int32)
     instance = instance.at[:, fed.shape[2] - instances.shape[1] :].set(instances)
     pad = None if pads_count else model.tokens.pad
     target, weight = corruption.retrieval_targets(fed, instance, pad=pad, start=model.retrieval_start)
-    return instance, target, weight
+    out["retrieval_loss"] = losses.retrieval_loss(model, params, h, (instance, target, weight), {}, False)[0]
+    return out
 
 
-def masked_lm(model, params, h: jax.Array, batch: dict, data: dict) -> dict:
-    """MLM with the recorded labels in the place of a draw."""
-    label = batch["label"]
-    chosen = label != losses.NO_LABEL
-    room = int(chosen.sum((1, 2)).max())
-    target = jnp.maximum(label, 0)
-    loss, _, (logits, instance, position, weight) = losses.chosen_tokens_loss(model, params, h, target, chosen, room, {}, False)
-    groups, n = label.shape[:2]
-    full = np.zeros((groups, n, h.shape[1], logits.shape[-1]), np.float32)
-    for b, p in np.argwhere(np.asarray(weight) > 0):
-        full[b, instance[b, p], position[b, p] + model.offset] = logits[b, p]
-    full = full.reshape(groups * n, *full.shape[2:])
-    moved = np.full((groups * n, h.shape[1]), losses.NO_LABEL)
-    moved[:, model.offset :] = np.asarray(label).reshape(groups * n, -1)[:, : h.shape[1] - model.offset]
-    return {"logits": full, "logits_at_masked": full[moved != losses.NO_LABEL], "task_loss": loss}
+def scattered(offset: int, label: np.ndarray, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """MLM logits as the published module returns them: `[B*N, L, V]`, zero where there is no label."""
+    groups, n, length = label.shape
+    full = np.zeros((groups, n, length, outputs["chosen_logits"].shape[-1]), np.float32)
+    for b, p in np.argwhere(outputs["weight"] > 0):
+        full[b, outputs["instance"][b, p], outputs["position"][b, p] + offset] = outputs["chosen_logits"][b, p]
+    full = full.reshape(groups * n, length, -1)
+    moved = np.full((groups * n, length), losses.NO_LABEL)
+    moved[:, offset:] = label.reshape(groups * n, length)[:, : length - offset]
+    return {"logits": full, "logits_at_masked": full[moved != losses.NO_LABEL]}
 
 
 def pairs(folder: Path) -> list[Path]:

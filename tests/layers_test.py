@@ -77,3 +77,19 @@ def test_masked_mean_ignores_padding_and_survives_nothing_but_padding(x):
     np.testing.assert_allclose(out[0, 0], x[0, :2].mean(0), atol=1e-6)
     np.testing.assert_array_equal(out[:, 1], np.zeros((2, 8)))
     np.testing.assert_allclose(out[1, 2], (x[1, 1] + x[1, 4]) / 2, atol=1e-6)
+
+
+def test_roberta_counts_real_tokens_and_gives_pads_one_position():
+    layer = Embeddings(SPEC, num_positions=9, vocab_size=11, pad_position=1)
+    ids = jnp.array([[5, 6, 1, 7, 1, 1]])
+    p = nn.unbox(layer.init(jax.random.key(0), ids)["params"])
+    absolute = Embeddings(SPEC, num_positions=6, vocab_size=11)
+    for j, position in enumerate([2, 3, 1, 4, 1, 1]):
+        alone = {**p, "position": p["position"][position : position + 1].repeat(6, 0)}
+        np.testing.assert_allclose(
+            layer.apply({"params": p}, ids)[:, j], absolute.apply({"params": alone}, ids)[:, j], atol=1e-6
+        )
+    shifted = {**p, "position": p["position"][2:8]}
+    x = jax.random.normal(jax.random.key(1), (1, 6, 8))
+    mixed = layer.apply({"params": p}, x, method="refine")
+    np.testing.assert_allclose(mixed, absolute.apply({"params": shifted}, x, method="refine"), atol=1e-6)

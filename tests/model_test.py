@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from datamux_jax import sharding
-from datamux_jax.build import build, count_params, init_params
+from datamux_jax.build import build, count_params
 from datamux_jax.errors import InputError
 from datamux_jax.model import POOLS
-from tests.conftest import small_config
+from tests.conftest import fresh_params, small_config
 
 N, L, V, C = 3, 6, 20, 4
 
@@ -18,7 +17,7 @@ def make(n=N, pool="mean", vocab_size=V, **changes):
     config = small_config(n, model__pool=pool, model__init_stddev=0.3, **changes)
     model = build(config, num_classes=C, vocab_size=vocab_size, max_length=L)
     shape = (1, n, L) if vocab_size else (1, n, L, 5)
-    params = sharding.unbox(init_params(model, jax.random.key(0), shape, "int32" if vocab_size else "float32"))
+    params = fresh_params(model, shape, "int32" if vocab_size else "float32")
     return model, params
 
 
@@ -65,7 +64,7 @@ def test_one_instance_times_ones_is_the_encoder_with_double_embedding(tokens, ma
         vocab_size=V,
         max_length=L,
     )
-    params = sharding.unbox(init_params(mixed_model, jax.random.key(0), (1, 1, L), "int32"))
+    params = fresh_params(mixed_model, (1, 1, L))
     params["mux"] = {"instance_embedding": jnp.ones_like(params["mux"]["instance_embedding"])}
     h = mixed_model.apply({"params": params}, tokens[:, :1], mask[:, :1], method="encode")
 
@@ -135,3 +134,23 @@ def test_bfloat16_computes_in_bfloat16_and_reads_out_in_float32(tokens, mask):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert model.apply({"params": params}, tokens, mask, method="encode").dtype == jnp.bfloat16
     assert logits(model, params, tokens, mask).dtype == jnp.float32
+
+
+def test_rows_longer_than_the_position_table_are_refused(tokens, mask):
+    model, params = make(model__max_positions=L)
+    longer = jnp.concatenate([tokens, tokens], axis=2)
+    with pytest.raises(InputError, match=f"Rows of {2 * L} positions.*the position table has {L} rows"):
+        logits(model, params, longer, jnp.ones_like(longer))
+
+
+def test_the_index_prefix_needs_tokens():
+    with pytest.raises(InputError, match="puts index tokens before every text, but the inputs are feature vectors"):
+        make(demux__name="index", vocab_size=0)
+
+
+def test_a_tied_decoder_needs_equal_widths():
+    with pytest.raises(InputError, match=r"tied to the word embeddings.*tied_decoder = False"):
+        make(model__embedding_size=8)
+    _, params = make(model__embedding_size=8, model__tied_decoder=False)
+    assert params["decoder"]["kernel"].shape == (16, V)
+    assert params["mux"]["instance_embedding"].shape == (N, 8)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from datamux_jax import corruption, losses, metrics, optimizer, sharding
-from datamux_jax.build import build, build_generator, init_params
+from datamux_jax import corruption, losses, metrics, optimizer
+from datamux_jax.build import build, build_generator
 from datamux_jax.families import SpecialTokens
 from datamux_jax.losses import draw_retrieval, every_retrieval
 from datamux_jax.objectives import OBJECTIVES
 from datamux_jax.train import train
-from tests.conftest import text_config
+from tests.conftest import fresh_params, text_config
 
 B, N, L, V, C = 4, 2, 6, 20, 3
 TOKENS = SpecialTokens(pad=0, cls=1, sep=2, mask=3, mlp_first=1, filler=17, index=19, index_cls=1)
@@ -34,7 +34,7 @@ def batch():
 def make(**changes):
     config = text_config(N, **changes)
     model = build(config, num_classes=C, vocab_size=V, max_length=L, tokens=TOKENS)
-    params = sharding.unbox(init_params(model, jax.random.key(0), (1, N, L), "int32"))
+    params = fresh_params(model, (1, N, L))
     return config, model, params
 
 
@@ -125,7 +125,7 @@ def electra(kind, **changes):
     config = text_config(N, **(usual | {"generator__kind": kind} | changes))
     model = build(config, num_classes=C, vocab_size=V, max_length=L, tokens=TOKENS)
     generator = build_generator(config, model)
-    params = sharding.unbox(init_params(model, jax.random.key(0), (1, N, L), "int32", generator))
+    params = fresh_params(model, (1, N, L), generator=generator)
     return config, model, generator, params
 
 
