@@ -3,9 +3,9 @@
     python -m launch.train --config=configs/langid.py --workdir=runs/text
 
 Two stages a network: token-retrieval warm-up (DataMUX, section 3.3), then fine-tuning with 0.9 task + 0.1 retrieval. N = 1 is the
-plain network. Arguments: `n=1+2` the numbers of instances; `retrieval=4` further ones of which only the warm-up is run; `warmup=` and
-`finetune=` steps; `pool=` what classification reads; `width=` and `layers=` of the encoder. In a given time, steps buy more accuracy
-than width here, and weight decay more than dropout.
+plain network. Arguments: `n=1+2` the numbers of instances; `retrieval=4` further ones of which only the warm-up is run, twice as
+long; `warmup=` and `finetune=` steps; `pool=` what classification reads; `width=` and `layers=` of the encoder. In a given time, steps
+buy more accuracy than width here, and weight decay more than dropout.
 """
 
 from configs import common, quickstart
@@ -29,7 +29,7 @@ def get_config(arg=None):
     for n in (*arg.n, *arg.retrieval):
         start = {}
         if arg.warmup:
-            runs[f"n{n}-warmup"] = stage(n, arg.warmup) | {"objective": "retrieval"}
+            runs[f"n{n}-warmup"] = stage(n, arg.warmup if n in arg.n else 2 * arg.warmup) | {"objective": "retrieval"}
             start = {"init_from": f"../n{n}-warmup"}
         if n in arg.n:
             runs[f"n{n}"] = stage(n, arg.finetune) | start | {"task_loss_coeff": 0.9, "retrieval_loss_coeff": 0.1}

@@ -102,6 +102,11 @@ class Checkpoints:
         tree = self._manager.item_metadata(self.latest_step)["params"].tree
         return {path: tuple(leaf.shape) for path, leaf in _flat(tree).items()}
 
+    def items(self) -> set[str]:
+        """What the newest checkpoint holds: parameters, and in a training run `rest` and `data`."""
+        folder = self._folder / str(self.latest_step)
+        return {path.name for path in folder.iterdir() if path.is_dir()}
+
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong there."""
         with _explain_full_disk(self._folder), quiet():
@@ -160,6 +165,16 @@ def newest_step(run: Path) -> int | None:
         return found.latest_step
 
 
+def check_resumable(run: Path) -> None:
+    """Raises InputError if the run in `run` has parameters only, like one that was converted."""
+    with contextlib.closing(run_checkpoints(run)) as found:
+        if not {"rest", "data"} <= found.items():
+            raise InputError(
+                f"resume = {str(run)!r} has parameters but no training state, as it was converted from a published checkpoint. Use "
+                "init_from to start a training from its parameters."
+            )
+
+
 def match(
     run: Path, params: Any, key: str = "init_from", fresh: tuple[str, ...] = HEADS
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
@@ -182,8 +197,11 @@ def match(
         theirs = source.param_shapes()
     ours = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
     shared = {path for path in ours if ours[path] == theirs.get(path)}
-    if fresh and not any(path.startswith(MULTIPLEXING) for path in theirs):
+    mixed, theirs_mixed = (any(path.startswith(MULTIPLEXING) for path in paths) for paths in (ours, theirs))
+    if fresh and not theirs_mixed:
         fresh = fresh + MULTIPLEXING
+    if mixed == theirs_mixed and all(any(path.startswith("decoder/") for path in paths) for paths in (ours, theirs)):
+        fresh = tuple(prefix for prefix in fresh if prefix != "decoder/")  # Where both have one, it is the same or a mistake.
     wrong = {path for path in (ours.keys() | theirs.keys()) - shared if not path.startswith(fresh)}
     if wrong:
         missing = sorted(wrong - theirs.keys())
@@ -199,7 +217,7 @@ def match(
     return theirs, shared
 
 
-def init_from(run: Path, params: Any) -> Any:
+def init_from(run: Path, params: Any) -> tuple[Any, str]:
     """Starts from the parameters of another run.
 
     Args:
@@ -207,7 +225,7 @@ def init_from(run: Path, params: Any) -> Any:
       params: this run's fresh parameters, sharded.
 
     Returns:
-      `params`, with every leaf that both share taken from `run`.
+      `params`, with every leaf that both share taken from `run`; and what stayed fresh or was not used there, for people.
 
     Raises:
       InputError: as `match`.
@@ -220,7 +238,15 @@ def init_from(run: Path, params: Any) -> Any:
     }
     with contextlib.closing(run_checkpoints(run)) as source:
         loaded = _flat(source.restore_params(_nested(wanted)))
-    return _nested({path: loaded[path] if path in shared else leaf for path, leaf in ours.items()})
+    merged = _nested({path: loaded[path] if path in shared else leaf for path, leaf in ours.items()})
+    notes = (("fresh", ours), ("not used", theirs))
+    left = [f"; {what}: {', '.join(_groups(set(paths) - shared))}" for what, paths in notes if set(paths) - shared]
+    return merged, "".join(left)
+
+
+def _groups(paths: set[str]) -> list[str]:
+    """The first two levels of parameter paths: `demux/keys`, `classifier/out`."""
+    return sorted({"/".join(path.split("/")[:2]) for path in paths})
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,11 +60,11 @@ def validate(config: Any) -> None:
             f"demux.form = 'bert' uses two layers for retrieval, but demux.num_layers = {config.demux.num_layers}. Set 2 or more, "
             "or use the form 'paper'."
         )
-    if config.mux.name == "binary_hadamard" and config.num_instances > (
+    if config.mux.name in ("binary_hadamard", "random_ortho_low_rank") and config.num_instances > (
         config.model.embedding_size or config.model.hidden_size
     ):
         raise InputError(
-            f"mux.name = 'binary_hadamard' gives each of num_instances = {config.num_instances} a chunk of the embedding, which is "
+            f"mux.name = {config.mux.name!r} gives each of num_instances = {config.num_instances} a chunk of the embedding, which is "
             f"{config.model.embedding_size or config.model.hidden_size} wide. Use fewer instances, or another multiplexer."
         )
     if config.objective == "electra" and config.generator.kind == "muxed" and plain:

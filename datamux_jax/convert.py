@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from datamux_jax import checkpoint, hf, hf_config, sharding, workdir
 from datamux_jax.build import build, build_generator, count_params, init_params
+from datamux_jax.config import validate
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
 from datamux_jax.families import FAMILIES, published_tokens
@@ -60,14 +62,14 @@ def find_source(name: str, revision: str = "") -> Path:
         ) from error
 
 
-def import_run(source: Path, run: Path, *, objective: str = "", seed: int = 0) -> str:
+def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, objective: str = "") -> str:
     """Writes the published checkpoint in `source` as a run without training state.
 
     Args:
       source: folder with `config.json` and weights.
       run: the new run's folder.
-      objective: what it is for; default: what its class was trained for.
-      seed: of parameters that the checkpoint lacks.
+      base: the base config (`configs/common.py`).
+      objective: what it is for; default: what its class was trained for. Heads of other tasks are then left out.
 
     Returns:
       One paragraph that says what was read.
@@ -77,8 +79,10 @@ def import_run(source: Path, run: Path, *, objective: str = "", seed: int = 0) -
     """
     path = source / "config.json"
     published = hf.read_json(path)
-    config = hf_config.to_config(published, str(path), objective=objective)
-    config.seed = seed
+    config = hf_config.to_config(published, str(path), base, objective=objective)
+    validate(config)
+    if checkpoint.newest_step(run) is not None:
+        raise InputError(f"--workdir={run} holds a run already. Choose a new folder; nothing was changed.")
     fmt = _format(config, published)
     model = build(
         config,
@@ -93,31 +97,32 @@ def import_run(source: Path, run: Path, *, objective: str = "", seed: int = 0) -
         shape = (1, config.num_instances, *fmt.input_shape)
         return sharding.unbox(init_params(model, key, shape, fmt.input_dtype, generator))
 
-    fresh = jax.device_get(jax.jit(make)(jax.random.key(seed)))
+    fresh = jax.device_get(jax.jit(make)(jax.random.key(config.seed)))
     plain_encoder = config.mux.name == "none" and config.objective == "retrieval"
     may_lack = (*(("classifier/", "replaced_head/") if objective else ()), *(("decoder/",) if plain_encoder else ()))
-    params, stayed = hf.import_state(hf.read_state(source), config, fresh, str(source), may_lack=may_lack)
+    params, stayed, left_out = hf.import_state(
+        hf.read_state(source), config, fresh, str(source), may_lack=may_lack, other_heads=bool(objective)
+    )
     workdir.claim(run, config, needed_bytes=4 * count_params(params) + 20_000_000)
     with workdir.lock(run):
         workdir.write_json(run / FORMAT, fmt.to_json())
-        workdir.write_json(run / SOURCE, {"source": str(source), "fresh": stayed, "config": published})
+        workdir.write_json(run / SOURCE, {"source": str(source), "fresh": stayed, "left_out": left_out, "config": published})
         copy_files(source, run / TOKENIZER)
         with contextlib.closing(checkpoint.Checkpoints(run)) as saves:
             saves.save(0, params)
             saves.wait()
     kind = f"N = {config.num_instances}, {config.mux.name}, {config.demux.name}" if config.mux.name != "none" else "plain"
-    left = f" Fresh, as the checkpoint has none: {', '.join(stayed)}." if stayed else ""
-    return (
-        f"{source}: {config.model.family}, {kind}, objective {config.objective}, {count_params(params):,} parameters -> {run}.{left} "
-        f"A run of the same sizes starts from it with --config.init_from={run}."
-    )
+    notes = f" Fresh, as the checkpoint has none: {', '.join(stayed)}." if stayed else ""
+    notes += f" Left out, heads of something else: {', '.join(left_out)}." if left_out else ""
+    size = f"{count_params(params):,} parameters"
+    return f"{source}: {config.model.family}, {kind}, objective {config.objective}, {size} -> {run}.{notes}"
 
 
 def _format(config: Any, published: dict[str, Any]) -> Format:
     family, n = config.model.family, config.num_instances
     index = config.demux.name == "index"
-    vocab_size = int(published["vocab_size"]) if "vocab_size" in published else FAMILIES[family].vocab_size
-    tokens = published_tokens(family, vocab_size, n, index=index)
+    vocab_size = int(published.get("vocab_size") or FAMILIES[family].vocab_size)
+    tokens = published_tokens(family, vocab_size, n, demux=config.demux.name)
     taken = (tokens.pad + 1 if FAMILIES[family].positions_from_pads else 0) + (n + 1 if index else 0)
     return Format(
         label_names=hf_config.label_names(published),

@@ -16,24 +16,19 @@ def draw_instances(key: Array, groups: int, length: int, instances: int) -> Arra
     return jax.random.randint(key, (groups, length), 0, instances)
 
 
-def retrieval_targets(
-    tokens_BxNxL: Array, instance_BxL: Array, *, pad: int | None = None, start: int = 0
-) -> tuple[Array, Array]:
+def retrieval_targets(tokens_BxNxL: Array, instance_BxL: Array, *, pad: int | None = None) -> tuple[Array, Array]:
     """What token retrieval asks for (DataMUX, section 3.3): at every position, the token of one drawn instance.
 
     Args:
       tokens_BxNxL: the tokens that the network was fed.
       instance_BxL: the drawn instances.
       pad: a position whose drawn token is this one carries no loss; None: padding counts (published pre-training).
-      start: positions before carry no loss.
 
     Returns:
       `target_BxL`, the drawn instance's token; `weight_BxL`, 1.0 where the position counts.
     """
     target = jnp.take_along_axis(tokens_BxNxL, instance_BxL[:, None], axis=1)[:, 0]
-    counts = jnp.broadcast_to(jnp.arange(target.shape[1]) >= start, target.shape)
-    if pad is not None:
-        counts &= target != pad
+    counts = jnp.ones(target.shape, bool) if pad is None else target != pad
     return target, counts.astype(jnp.float32)
 
 

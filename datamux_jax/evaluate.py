@@ -69,7 +69,12 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
     """
     if groupings < 1:
         raise InputError(f"--groupings={groupings} leaves nothing to measure. Ask for at least 1.")
-    _, splits = pipeline.load(run.config)
+    fmt, splits = pipeline.load(run.config)
+    if fmt != run.format:
+        raise InputError(
+            f"{run.path} does not read what its data source {run.config.data.source!r} gives: it was converted from a checkpoint, "
+            "or trained with other versions of the data. Evaluate a run that was trained on that source."
+        )
     arrays = splits[choose(splits, split, "The split")]
     step = evaluation_step(run)
     groups = -(-run.config.eval.batch_groups // run.mesh.size) * run.mesh.size

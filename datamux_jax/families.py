@@ -66,17 +66,17 @@ FAMILIES = {
 }
 
 
-def published_tokens(family: str, vocab_size: int, num_instances: int = 1, *, index: bool = False) -> SpecialTokens:
+def published_tokens(family: str, vocab_size: int, num_instances: int = 1, *, demux: str = "none") -> SpecialTokens:
     """Special ids in a published vocabulary of `family`.
 
     Args:
       family: key of `FAMILIES`.
       vocab_size: `V`; RoBERTa's index tokens are counted down from its end.
       num_instances: `N`.
-      index: the network has an index prefix, so that every one of its tokens must exist.
+      demux: key of `DEMUX`; what it puts into rows must exist.
 
     Raises:
-      InputError: the vocabulary is too small for the prefix.
+      InputError: the vocabulary lacks a token that the demultiplexer puts into rows.
     """
     if family == "roberta":
         tokens = SpecialTokens(
@@ -84,11 +84,14 @@ def published_tokens(family: str, vocab_size: int, num_instances: int = 1, *, in
         )
     else:
         tokens = SpecialTokens(pad=0, cls=101, sep=102, mask=103, mlp_first=101, filler=680, index=678, index_cls=101)
-    highest, lowest = max(tokens.filler, tokens.index, tokens.index_cls), tokens.index - num_instances + 1
-    if index and (highest >= vocab_size or lowest < 0):
+    index = (tokens.filler, tokens.index, tokens.index - num_instances + 1, tokens.index_cls)
+    fed = {"index": index, "rsa": (tokens.cls,), "mlp": (tokens.mlp_first,), "none": ()}[demux]
+    wrong = [token for token in fed if not 0 <= token < vocab_size]
+    if wrong:
+        ids = ", ".join(map(str, sorted(set(fed))))
         raise InputError(
-            f"The index prefix of family {family!r} needs the token ids up to {highest}, and down to {lowest} for num_instances = "
-            f"{num_instances}, but the vocabulary has {vocab_size}. Use the rsa or mlp demultiplexer, or the published vocabulary."
+            f"demux.name = {demux!r} of family {family!r} feeds the token ids {ids} (num_instances = {num_instances}), but the "
+            f"vocabulary has {vocab_size}. Use the family's published vocabulary, or fewer instances."
         )
     return tokens
 

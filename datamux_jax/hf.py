@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
 
 # May stand in a published file although no network here has it: buffers, the pooler, and what a plain encoder was trained with.
 SURPLUS = re.compile(r"(^|\.)(position_ids|token_type_ids)$|(^|\.)pooler\.")
-HEADS_OF_PLAIN = re.compile(
+OTHER_HEADS = re.compile(
     r"^(cls|lm_head|classifier|qa_outputs|discriminator_predictions|generator_predictions|generator_lm_head)\."
 )
 
@@ -106,8 +106,14 @@ def write_state(path: Path, state: State) -> None:
 
 
 def import_state(
-    state: State, config: Any, fresh: Mapping[str, Any], where: str, *, may_lack: tuple[str, ...] = ()
-) -> tuple[Any, list[str]]:
+    state: State,
+    config: Any,
+    fresh: Mapping[str, Any],
+    where: str,
+    *,
+    may_lack: tuple[str, ...] = (),
+    other_heads: bool = False,
+) -> tuple[Any, list[str], list[str]]:
     """Published tensors as parameters of the network that `config` describes.
 
     Args:
@@ -117,8 +123,11 @@ def import_state(
       where: name of the file, for errors.
       may_lack: prefixes of parameter paths that the file may lack; such parameters stay fresh.
 
+      other_heads: heads of another task may lie in the file; they are left out.
+
     Returns:
-      The parameters (numpy), and the paths that stayed fresh.
+      The parameters (numpy), the paths that stayed fresh, and the keys of heads that were left out. Heads of a plain encoder always
+      are, but for the vocabulary head.
 
     Raises:
       InputError: keys are missing, surplus or misshapen; all are listed.
@@ -145,9 +154,8 @@ def import_state(
         misshapen += wrong
         if not wrong:
             loaded.update(zip(entry.ours, map(np.ascontiguousarray, entry.to_ours(arrays)), strict=True))
-    surplus = [
-        key for key in state if key not in used and not SURPLUS.search(key) and not (plain and HEADS_OF_PLAIN.search(key))
-    ]
+    left_out = [key for key in state if key not in used and (plain or other_heads) and OTHER_HEADS.search(key)]
+    surplus = [key for key in state if key not in used and not SURPLUS.search(key) and key not in left_out]
     if missing or surplus or misshapen:
         raise InputError(
             f"{where} does not fit the network that its config.json describes. Missing: {', '.join(sorted(missing)) or 'nothing'}. "
@@ -155,7 +163,7 @@ def import_state(
             "files are of the same checkpoint; --objective names the head if config.json does not."
         )
     stayed = sorted(path for path in flat if path not in loaded)
-    return flax.traverse_util.unflatten_dict({**flat, **loaded}, sep="/"), stayed
+    return flax.traverse_util.unflatten_dict({**flat, **loaded}, sep="/"), stayed, sorted(left_out)
 
 
 def _settle(state: State, config: Any) -> tuple[State, list[str]]:
@@ -164,6 +172,9 @@ def _settle(state: State, config: Any) -> tuple[State, list[str]]:
     if config.mux.name == "none" and not any(key.startswith(f"{prefix}.") for key in state):
         bare = re.compile(r"^(embeddings|encoder|pooler|embeddings_project)\.")
         state = {f"{prefix}.{key}" if bare.match(key) else key: value for key, value in state.items()}
+    # Files converted from TensorFlow, bert-base-uncased among them, have older names for the parameters of LayerNorm.
+    old = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
+    state = {old.sub(lambda m: "weight" if m[0] == "gamma" else "bias", key): value for key, value in state.items()}
     settled, twins = dict(state), []
     for alias, key in hf_names.aliases(config).items():
         if alias not in settled:

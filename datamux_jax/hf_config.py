@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,9 @@ MUX_NAMES = {  # Published name -> ours.
 }
 DEMUX_NAMES = {"index": "index", "index_pos": "rsa", "mlp": "mlp"}
 
-# The class of the published code for a family and an objective; the first one is what export writes.
-ARCHITECTURES: dict[tuple[str, bool], dict[str, str]] = {  # (family, multiplexed) -> class -> objective
+# Classes of the published code, and of transformers for plain networks: (family, multiplexed) -> class -> objective. Of several for
+# one objective, the first one is what export writes.
+ARCHITECTURES: dict[tuple[str, bool], dict[str, str]] = {
     ("bert", True): {
         "MuxedBertForMaskedLM": "mlm",
         "MuxedBertForSequenceClassification": "classification",
@@ -47,11 +49,19 @@ ARCHITECTURES: dict[tuple[str, bool], dict[str, str]] = {  # (family, multiplexe
         "ElectraForSequenceClassification": "classification",
     },
 }
-# What the published code can be built with.
+PLAIN_CLASS = re.compile(r"^(Bert|Roberta|Electra)(Model|For\w+)$")
+# Multiplexers that each class can be built with, and demultiplexers of each family.
+_USUAL = ("gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank")
 PUBLISHED_MUX = {
-    "bert": ("gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank", "contextual"),
-    "electra": ("gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank", "gaussian_attention"),
-    "roberta": ("gaussian_hadamard", "binary_hadamard", "random_ortho"),
+    "MuxedBertForMaskedLM": (*_USUAL, "contextual"),
+    "MuxedBertForSequenceClassification": (*_USUAL, "contextual"),
+    "MuxedBertForTokenClassification": (*_USUAL, "contextual"),
+    "MuxedElectraForPreTraining": (*_USUAL, "gaussian_attention"),
+    "MuxedElectraForMaskedLM": _USUAL,
+    "MuxedElectraForSequenceClassification": _USUAL,
+    "MuxedElectraForTokenClassification": _USUAL,
+    "RobertaSequenceClassificationMuxed": _USUAL,
+    "RobertaTokenClassificationMuxed": _USUAL[:3],
 }
 PUBLISHED_DEMUX = {"bert": ("rsa", "index"), "electra": ("rsa", "index"), "roberta": ("index", "mlp")}
 
@@ -73,57 +83,74 @@ def family_of(published: Mapping[str, Any], where: str) -> str:
     )
 
 
-def to_config(published: Mapping[str, Any], where: str, *, objective: str = "") -> ml_collections.ConfigDict:
+def is_multiplexed(published: Mapping[str, Any]) -> bool:
+    """Whether a published config is of a multiplexed network.
+
+    The published baselines are plain classes, although their configs carry the multiplexing keys: the class decides.
+    """
+    names = published.get("architectures") or ()
+    return "muxing_variant" in published and not any(PLAIN_CLASS.match(name) for name in names)
+
+
+def to_config(
+    published: Mapping[str, Any], where: str, base: ml_collections.ConfigDict, *, objective: str = ""
+) -> ml_collections.ConfigDict:
     """The config of the network that a published `config.json` describes.
 
     Args:
       published: its contents.
       where: its name, for errors.
+      base: the base config (`configs/common.py`).
       objective: what the network is for; default: what its class in `architectures` was trained for. A plain encoder class
         (`BertModel`) has none, and becomes a config without heads: objective `retrieval`.
 
     Raises:
       InputError: a key is missing, or has a value that this project does not compute.
     """
-    from configs import common
-
-    config = common.get_config()
+    config = base.copy_and_resolve_references()
     family = family_of(published, where)
     known = FAMILIES[family]
-    multiplexed = "muxing_variant" in published and int(published.get("num_instances", 1)) >= 1
+    multiplexed = is_multiplexed(published)
 
-    def get(key: str) -> Any:
-        if key not in published:
+    def get(key: str, kind: type, default: Any = None) -> Any:
+        value = published.get(key)
+        value = default if value is None else value
+        if value is None:
             raise InputError(
                 f"{where} has no key {key!r}, which a {family} checkpoint needs. Add it by hand if you know its value."
             )
-        return published[key]
+        if not isinstance(value, int | float) or (kind is int and value != int(value)):
+            raise InputError(f"{where} has {key} = {value!r}, which is no {'whole ' if kind is int else ''}number. Correct it.")
+        return kind(value)
 
-    if published.get("hidden_act", "gelu") != "gelu" or published.get("position_embedding_type", "absolute") != "absolute":
+    if (
+        get_text(published, "hidden_act", "gelu") != "gelu"
+        or get_text(published, "position_embedding_type", "absolute") != "absolute"
+    ):
         raise InputError(
             f"{where} asks for hidden_act = {published.get('hidden_act')!r} and position_embedding_type = "
             f"{published.get('position_embedding_type')!r}; only 'gelu' (exact) and 'absolute' are computed here."
         )
-    if published.get("retrieval_loss_vocab_scale", 1) != 1:
+    if get("retrieval_loss_vocab_scale", float, 1) != 1:
         raise InputError(
             f"{where} has retrieval_loss_vocab_scale = {published['retrieval_loss_vocab_scale']}; only 1 is computed here."
         )
-    hidden = get("hidden_size")
-    embedding = published.get("embedding_size", hidden)
+    hidden = get("hidden_size", int)
+    embedding = get("embedding_size", int, hidden)
     config.model.update(
         family=family,
         hidden_size=hidden,
-        num_layers=get("num_hidden_layers"),
-        num_heads=get("num_attention_heads"),
-        mlp_dim=get("intermediate_size"),
+        num_layers=get("num_hidden_layers", int),
+        num_heads=get("num_attention_heads", int),
+        mlp_dim=get("intermediate_size", int),
         embedding_size=0 if embedding == hidden else embedding,
-        max_positions=get("max_position_embeddings"),
-        type_vocab_size=published.get("type_vocab_size", known.type_vocab_size),
-        dropout_rate=float(published.get("hidden_dropout_prob", 0.1)),
-        attention_dropout_rate=float(published.get("attention_probs_dropout_prob", 0.1)),
-        layer_norm_eps=float(published.get("layer_norm_eps", known.layer_norm_eps)),
-        init_stddev=float(published.get("initializer_range", 0.02)),
-        tied_decoder=(known.tied_decoder or not multiplexed) and bool(published.get("tie_word_embeddings", True)),
+        max_positions=get("max_position_embeddings", int),
+        type_vocab_size=get("type_vocab_size", int, known.type_vocab_size),
+        dropout_rate=get("hidden_dropout_prob", float, 0.1),
+        attention_dropout_rate=get("attention_probs_dropout_prob", float, 0.1),
+        layer_norm_eps=get("layer_norm_eps", float, known.layer_norm_eps),
+        init_stddev=get("initializer_range", float, 0.02),
+        tied_decoder=(known.tied_decoder or not multiplexed) and published.get("tie_word_embeddings") is not False,
         pool="first",
     )
     classes = ARCHITECTURES[family, multiplexed]
@@ -134,43 +161,39 @@ def to_config(published: Mapping[str, Any], where: str, *, objective: str = "") 
             f"{', '.join(classes)}. Say with --objective what the checkpoint is for."
         )
     config.objective = objective or (named[0] if named else "retrieval")
-    if config.objective == "classification" and _num_labels(published) == 1:
+    if config.objective == "classification" and len(label_names(published)) == 1:
         config.objective = "regression"
-    if multiplexed:
-        _to_mux_config(config, published, where)
-    return config
-
-
-def _to_mux_config(config: ml_collections.ConfigDict, published: Mapping[str, Any], where: str) -> None:
-    family = config.model.family
+    if not multiplexed:
+        return config
     for key, table in (("muxing_variant", MUX_NAMES), ("demuxing_variant", DEMUX_NAMES)):
         if published.get(key) not in table:
             raise InputError(f"{where} has {key} = {published.get(key)!r}, which is none of {', '.join(table)}.")
-    config.num_instances = int(published["num_instances"])
-    config.retrieval_percentage = float(published.get("retrieval_percentage", 1.0))
-    config.retrieval_loss_coeff = float(published.get("retrieval_loss_coeff", 0.1))
-    config.task_loss_coeff = float(published.get("task_loss_coeff", 0.9))
+    config.num_instances = get("num_instances", int)
+    config.retrieval_percentage = get("retrieval_percentage", float, 1.0)
+    config.retrieval_loss_coeff = get("retrieval_loss_coeff", float, 0.1)
+    config.task_loss_coeff = get("task_loss_coeff", float, 0.9)
     config.mux.update(
         name=MUX_NAMES[published["muxing_variant"]],
-        norm=float(published.get("gaussian_hadamard_norm", 1.0)),
-        epsilon=float(published.get("binary_hadamard_epsilon") or 0.0),
-        learned=bool(published.get("learn_muxing", False)),
+        norm=get("gaussian_hadamard_norm", float, 1.0),
+        epsilon=get("binary_hadamard_epsilon", float, 0.0),
+        learned=bool(published.get("learn_muxing")),
     )
     config.demux.update(
         name=DEMUX_NAMES[published["demuxing_variant"]],
-        num_layers=int(published.get("num_hidden_demux_layers", 2)),
+        num_layers=get("num_hidden_demux_layers", int, 2),
         form="electra" if family == "electra" else "bert",
         prefix="cut" if config.objective in ("mlm", "electra") and family != "roberta" else "extend",
     )
+    return config
 
 
-def _num_labels(published: Mapping[str, Any]) -> int:
-    return len(published["id2label"]) if "id2label" in published else int(published.get("num_labels", 2))
+def get_text(published: Mapping[str, Any], key: str, default: str) -> str:
+    return default if published.get(key) is None else str(published[key])
 
 
 def label_names(published: Mapping[str, Any]) -> tuple[str, ...]:
     """The labels of a published config, in order."""
-    names = published.get("id2label") or {str(i): f"LABEL_{i}" for i in range(_num_labels(published))}
+    names = published.get("id2label") or {str(i): f"LABEL_{i}" for i in range(int(published.get("num_labels") or 2))}
     return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
@@ -207,6 +230,8 @@ def from_config(config: Any, *, vocab_size: int, positions: int, labels: tuple[s
         "id2label": {str(i): name for i, name in enumerate(labels)},
         "label2id": {name: i for i, name in enumerate(labels)},
     }
+    if not multiplexed:
+        published["tie_word_embeddings"] = m.tied_decoder
     if m.family == "electra":
         published["embedding_size"] = m.embedding_size or m.hidden_size
     if multiplexed:
@@ -232,14 +257,19 @@ def _unpublished(config: Any, names: list[str]) -> str:
     kind = "multiplexed" if multiplexed else "plain"
     if not names:
         return f"no {kind} {m.family} class for objective = {config.objective!r}"
-    if multiplexed and config.mux.name not in PUBLISHED_MUX[m.family]:
-        return f"no {m.family} class with the multiplexer {config.mux.name!r}"
+    if multiplexed and config.mux.name not in PUBLISHED_MUX[names[0]]:
+        return f"no class {names[0]} with the multiplexer {config.mux.name!r}"
+    if "ortho" in config.mux.name and m.embedding_size not in (0, m.hidden_size):
+        return f"no {config.mux.name} at the width model.embedding_size = {m.embedding_size}: it mixes at the hidden size only"
     if multiplexed and config.demux.name not in PUBLISHED_DEMUX[m.family]:
         return f"no {m.family} class with the demultiplexer {config.demux.name!r}"
     if config.demux.name == "rsa" and config.demux.form != ("electra" if m.family == "electra" else "bert"):
         return f"another rsa stack than demux.form = {config.demux.form!r} in its {m.family} classes"
     if config.objective in SEQUENCE_OBJECTIVES and m.pool != "first":
         return f"no pooling like model.pool = {m.pool!r}; it reads the first position"
+    cuts = config.objective in ("mlm", "electra", "retrieval")
+    if config.demux.name == "index" and (config.demux.prefix == "cut") != cuts:
+        return f"no class for objective = {config.objective!r} with demux.prefix = {config.demux.prefix!r}"
     if multiplexed and m.tied_decoder != FAMILIES[m.family].tied_decoder:
         return f"no {m.family} class with tied_decoder = {m.tied_decoder}"
     if not m.type_vocab_size:

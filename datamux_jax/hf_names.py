@@ -168,6 +168,8 @@ def classifier(config: Any) -> Iterator[Entry]:
     elif family == "electra" and sequence:
         yield from dense("classifier/hidden", "classifier.dense")
         yield from dense("classifier/out", "classifier.out_proj")
+    elif demux == "none" and sequence:
+        return  # Plain BERT and RoBERTa classify a pooled state that this network does not have.
     elif family != "roberta" or demux == "none":
         yield from dense("classifier/out", "classifier")
     elif demux == "index" and not sequence:

@@ -140,7 +140,7 @@ class Embeddings(nn.Module):
             return self.refine(self.word(inputs), train)
         real = inputs != self.pad_position
         positions = jnp.where(real, jnp.cumsum(real, axis=-1), 0) + self.pad_position
-        return self._finish(self.word(inputs), self.position[positions], train)
+        return self._finish(self.word(inputs), jnp.asarray(self.position)[positions], train)
 
     def refine(self, x: Array, train: bool = False) -> Array:
         """Adds positions and types to `[..., L, E]`, then LayerNorm and dropout: `[..., L, E]`."""

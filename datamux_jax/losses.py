@@ -28,10 +28,13 @@ def weighted_mean(values: Array, weights: Array) -> Array:
     return (values * weights).sum() / jnp.maximum(weights.sum(), 1.0)
 
 
+Drawn = tuple[Array, Array, Array, Array]
+
+
 def draw_retrieval(
     model: MultiplexedTransformer, key: Array, fed_BxNxL: Array, percentage: float, *, pads_count: bool = False
-) -> tuple[Array, Array, Array]:
-    """Draws what token retrieval asks for: `(instance, target, weight)`, all `[B, L']`.
+) -> Drawn:
+    """Draws what token retrieval asks for, see `asked`.
 
     Args:
       model: the network.
@@ -43,27 +46,42 @@ def draw_retrieval(
     instance_key, keep_key = jax.random.split(key)
     groups, instances, length = fed_BxNxL.shape
     instance = corruption.draw_instances(instance_key, groups, length, instances)
+    drawn = asked(model, fed_BxNxL, instance, pads_count=pads_count)
+    if percentage == 1.0:
+        return drawn
+    weight = drawn[2] * jax.random.bernoulli(keep_key, percentage, drawn[2].shape)
+    kept, index = jax.lax.top_k(weight, corruption.capacity(weight.shape[1], percentage))
+    instance, target, _, position = (jnp.take_along_axis(x, index, axis=1) for x in drawn)
+    return instance, target, kept, position
+
+
+def asked(model: MultiplexedTransformer, fed_BxNxL: Array, instance_BxL: Array, *, pads_count: bool = False) -> Drawn:
+    """What retrieval asks for, given the instance drawn at every position of the fed rows.
+
+    Returns:
+      `(instance, target, weight, position)`, all `[B, P]`: only positions that can carry a loss are listed.
+    """
+    start, length = model.retrieval_start, instance_BxL.shape[1]
     pad = None if pads_count or model.tokens is None else model.tokens.pad
-    target, weight = corruption.retrieval_targets(fed_BxNxL, instance, pad=pad, start=model.retrieval_start)
-    if percentage < 1.0:
-        weight = weight * jax.random.bernoulli(keep_key, percentage, weight.shape)
-    return instance, target, weight
+    target, weight = corruption.retrieval_targets(fed_BxNxL, instance_BxL, pad=pad)
+    position = jnp.broadcast_to(jnp.arange(start, length), (len(target), length - start))
+    return instance_BxL[:, start:], target[:, start:], weight[:, start:], position
 
 
 def retrieval_loss(
     model: MultiplexedTransformer,
     params: Any,
     h_BxLxD: Array,
-    drawn: tuple[Array, Array, Array],
+    drawn: Drawn,
     rngs: Mapping[str, Array],
     train: bool,
 ) -> tuple[Array, Sums]:
     """Token retrieval on hidden states that exist already: cross-entropy over the vocabulary (DataMUX, section 3.3).
 
-    Rows that only fill up a group count too, as published.
+    Logits exist at the drawn positions only. Rows that only fill up a group count too, as published.
     """
-    instance, target, weight = drawn
-    logits = call(model, params, "retrieve", h_BxLxD, instance, train, rngs=dropout_stream(rngs, 1))
+    instance, target, weight, position = drawn
+    logits = call(model, params, "predict_tokens", h_BxLxD, instance, position, train, rngs=dropout_stream(rngs, 1))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     right = (logits.argmax(-1) == target) * weight
     slot = jax.nn.one_hot(instance, model.num_instances)

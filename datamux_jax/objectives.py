@@ -156,7 +156,8 @@ def _generate(
         if not (muxed and config.retrieval_loss_coeff):
             return filled, jnp.zeros(()), sums
         drawn = losses.draw_retrieval(generator, retrieval_key, generator.feed(masked), config.retrieval_percentage)
-        return filled, losses.retrieval_loss(generator, params, h, drawn, streams, train)[0], sums
+        retrieved, more = losses.retrieval_loss(generator, params, h, drawn, streams, train)
+        return filled, retrieved, {**sums, "retrieval_loss": more["retrieval_loss"]}
 
     if muxed:
         filled, retrieved, sums = run(arrays, key)

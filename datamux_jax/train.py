@@ -151,6 +151,10 @@ def _check_data(config: Any, fmt: pipeline.Format) -> None:
             f"objective = 'tagging' needs a label for every token, but the data source {config.data.source!r} has one for an example. "
             "Use 'classification', or a tagging source."
         )
+    if config.objective == "regression" and fmt.label_names:
+        raise InputError(
+            f"objective = 'regression' predicts a number, but the labels of {config.data.source!r} are classes. Use 'classification'."
+        )
     if config.demux.prefix == "cut" and config.demux.name == "index" and fmt.length <= config.num_instances + 1:
         raise InputError(
             f"demux.prefix = 'cut' takes num_instances + 1 = {config.num_instances + 1} of the data.length = {fmt.length} positions, "
@@ -196,6 +200,7 @@ def _check_start(plan: Plan, run: Path) -> None:
     config = plan.config
     if config.resume:
         source = checkpoint.find_run(config.resume, run)
+        checkpoint.check_resumable(source)
         checkpoint.match(source, plan.abstract.params, "resume", fresh=())
         at = checkpoint.newest_step(source)
         if at is not None and at >= config.steps:
@@ -204,7 +209,31 @@ def _check_start(plan: Plan, run: Path) -> None:
                 "use init_from to start another training from its parameters."
             )
     elif config.init_from:
-        checkpoint.match(checkpoint.find_run(config.init_from, run), plan.abstract.params)
+        source = checkpoint.find_run(config.init_from, run)
+        checkpoint.match(source, plan.abstract.params)
+        _check_same_function(config, source)
+
+
+# Parameters of equal shapes mean something else where these differ.
+MEANING = ("model.family", "model.layer_norm_eps", "mux.name", "demux.name", "demux.form")
+
+
+def _check_same_function(config: Any, source: Path) -> None:
+    """Raises InputError if the parameters of the run in `source` would compute something else under `config`."""
+    ours, theirs = (workdir.flatten(workdir.plain(one)) for one in (config, workdir.load_config(source)))
+    from_plain = theirs["mux.name"] == "none"
+    different = [
+        f"{key} = {theirs[key]!r} there, {ours[key]!r} here"
+        for key in MEANING
+        if ours[key] != theirs[key]
+        and not (from_plain and key.startswith(("mux.", "demux.")))
+        and not (key == "demux.form" and ours["demux.name"] != "rsa")
+    ]
+    if different:
+        raise InputError(
+            f"init_from = {str(source)!r} has the right shapes, but would compute something else: {'; '.join(different)}. "
+            "Set these keys as they are there."
+        )
 
 
 def initial_state(config: Any, run: Path, saves: checkpoint.Checkpoints, fresh: TrainState, data: Any) -> TrainState:
@@ -220,7 +249,10 @@ def initial_state(config: Any, run: Path, saves: checkpoint.Checkpoints, fresh: 
     if config.resume:
         return restored(checkpoint.run_checkpoints(checkpoint.find_run(config.resume, run)))
     if config.init_from:
-        return dataclasses.replace(fresh, params=checkpoint.init_from(checkpoint.find_run(config.init_from, run), fresh.params))
+        source = checkpoint.find_run(config.init_from, run)
+        params, left = checkpoint.init_from(source, fresh.params)
+        print(f"{run.name}: starts from {source}{left}", flush=True)
+        return dataclasses.replace(fresh, params=params)
     return fresh
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
+from configs import common
 from datamux_jax.errors import InputError
 from launch import cli
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
     if SOURCE.value:
         folder = convert.find_source(SOURCE.value, REVISION.value)
-        print(convert.import_run(folder, Path(WORKDIR.value), objective=OBJECTIVE.value))
+        print(convert.import_run(folder, Path(WORKDIR.value), common.get_config(), objective=OBJECTIVE.value))
     else:
         print(convert.export_run(Path(WORKDIR.value), Path(TO_HF.value)))
 

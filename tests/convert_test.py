@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from configs import common
 from datamux_jax import checkpoint, convert, hf, hf_config, hf_names, sharding
 from datamux_jax.build import build, init_params
 from datamux_jax.checkpoint import newest_step
 from datamux_jax.errors import InputError
+from datamux_jax.evaluate import evaluate_run
 from datamux_jax.families import FAMILIES
 from datamux_jax.model import call
 from datamux_jax.runs import load_run
@@ -35,8 +37,9 @@ MULTIPLEXED = [
     (family, name, mux, demux)
     for family in FAMILIES
     for name, mux, demux in itertools.product(
-        hf_config.ARCHITECTURES[family, True], hf_config.PUBLISHED_MUX[family], hf_config.PUBLISHED_DEMUX[family]
+        hf_config.ARCHITECTURES[family, True], hf_config.MUX_NAMES.values(), hf_config.PUBLISHED_DEMUX[family]
     )
+    if mux in hf_config.PUBLISHED_MUX[name]
 ]
 
 
@@ -56,7 +59,7 @@ def published(family, name, mux="", demux="", **changes):
         "id2label": {"0": "no", "1": "yes", "2": "maybe"},
         "pad_token_id": 1 if family == "roberta" else 0,
     }
-    if family == "electra" and mux != "gaussian_attention":
+    if family == "electra" and mux != "gaussian_attention" and "ortho" not in mux:
         config["embedding_size"] = 6
     if mux:
         config |= {
@@ -70,7 +73,7 @@ def published(family, name, mux="", demux="", **changes):
 
 def network(description):
     """Config, format, model and random parameters of a published description."""
-    config = hf_config.to_config(description, "config.json")
+    config = hf_config.to_config(description, "config.json", common.get_config())
     fmt = convert._format(config, description)
     model = build(config, num_classes=len(fmt.label_names), vocab_size=fmt.vocab_size, max_length=fmt.length, tokens=fmt.tokens)
     shapes = jax.eval_shape(lambda key: init_params(model, key, (1, config.num_instances, 8), "int32"), jax.random.key(0))
@@ -96,7 +99,7 @@ def test_export_then_import_is_the_identity(family, name, mux, demux):
     assert {key: again[key] for key in description} == description
     state = hf.export_state(params, config)
     blank = jax.tree.map(np.zeros_like, params)
-    back, stayed = hf.import_state(state, hf_config.to_config(again, "config.json"), blank, "file")
+    back, stayed, _ = hf.import_state(state, hf_config.to_config(again, "config.json", common.get_config()), blank, "file")
     assert stayed == []
     chex.assert_trees_all_equal(back, params)
     # Files in which shared tensors stand once, under any of their names, are the same checkpoint.
@@ -113,7 +116,7 @@ def golden_folder(tmp_path, name="muxbert_sequence_gaussian_indexpos_n5"):
 def test_a_run_is_written_used_and_exported_again(tmp_path):
     source, pair, data = golden_folder(tmp_path)
     (source / "vocab.txt").write_text("[PAD]\n")
-    message = convert.import_run(source, tmp_path / "run")
+    message = convert.import_run(source, tmp_path / "run", common.get_config())
     assert "bert, N = 5, gaussian_hadamard, rsa, objective classification" in message
     run = load_run(tmp_path / "run")
     assert newest_step(tmp_path / "run") == 0
@@ -144,7 +147,7 @@ def test_multiplexing_starts_from_a_plain_encoder(tmp_path, family, bare):
         state = {key.removeprefix(f"{family}."): value for key, value in state.items()}
     else:
         state["classifier.weight"] = np.zeros((5, 12), "f")
-    convert.import_run(write(tmp_path / "plain", description, state), tmp_path / "run")
+    convert.import_run(write(tmp_path / "plain", description, state), tmp_path / "run", common.get_config())
     plain = load_run(tmp_path / "run")
     chex.assert_trees_all_equal(plain.params["backbone"], params["backbone"])
     chex.assert_trees_all_equal(plain.params["embeddings"], params["embeddings"])
@@ -155,7 +158,9 @@ def test_multiplexing_starts_from_a_plain_encoder(tmp_path, family, bare):
     )
     _, _, _, fresh = network(goal)
     on_device = jax.tree.map(jnp.asarray, fresh)
-    mixed = checkpoint.init_from(tmp_path / "run", on_device)
+    mixed, left = checkpoint.init_from(tmp_path / "run", on_device)
+    assert "fresh: " in left
+    assert "mux/instance_embedding" in left
     chex.assert_trees_all_equal(mixed["backbone"], params["backbone"])
     chex.assert_trees_all_equal(mixed["embeddings"], params["embeddings"])
     chex.assert_trees_all_equal(mixed["mux"], fresh["mux"])
@@ -167,14 +172,14 @@ def test_a_config_that_says_nothing_about_the_task(tmp_path):
     description = golden.published_config(pair) | {"architectures": ["SomethingElse"]}
     (source / "config.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match=r"MuxedBertForSequenceClassification.*--objective"):
-        convert.import_run(source, tmp_path / "run")
+        convert.import_run(source, tmp_path / "run", common.get_config())
     assert not (tmp_path / "run").exists()
-    assert "objective tagging" in convert.import_run(source, tmp_path / "run", objective="tagging")
+    assert "objective tagging" in convert.import_run(source, tmp_path / "run", common.get_config(), objective="tagging")
 
 
 def test_a_pre_trained_checkpoint_gets_a_fresh_head_for_a_task(tmp_path):
     source, _, _ = golden_folder(tmp_path, "muxbert_mlm_gaussian_indexpos_n2")
-    message = convert.import_run(source, tmp_path / "run", objective="classification")
+    message = convert.import_run(source, tmp_path / "run", common.get_config(), objective="classification")
     assert "Fresh, as the checkpoint has none: classifier/out/bias, classifier/out/kernel." in message
 
 
@@ -203,7 +208,7 @@ def test_keys_that_do_not_fit_are_all_listed(tmp_path, change, message):
     source, _, _ = golden_folder(tmp_path)
     spoil(source, change)
     with pytest.raises(InputError, match=message):
-        convert.import_run(source, tmp_path / "run")
+        convert.import_run(source, tmp_path / "run", common.get_config())
     assert not (tmp_path / "run").exists()
 
 
@@ -216,7 +221,7 @@ def test_keys_that_do_not_fit_are_all_listed(tmp_path, change, message):
         ({"demuxing_variant": "fft"}, "demuxing_variant = 'fft'"),
         ({"retrieval_loss_vocab_scale": 2}, "retrieval_loss_vocab_scale = 2"),
         ({"hidden_size": None}, "no key 'hidden_size'"),
-        ({"demuxing_variant": "index", "vocab_size": 300}, "needs the token ids up to 680"),
+        ({"demuxing_variant": "index", "vocab_size": 300}, "feeds the token ids .*680"),
     ],
 )
 def test_configs_that_cannot_be_computed_are_refused(tmp_path, changes, message):
@@ -224,7 +229,7 @@ def test_configs_that_cannot_be_computed_are_refused(tmp_path, changes, message)
     description = {key: value for key, value in (golden.published_config(pair) | changes).items() if value is not None}
     (source / "config.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match=message):
-        convert.import_run(source, tmp_path / "run")
+        convert.import_run(source, tmp_path / "run", common.get_config())
 
 
 def test_damaged_and_missing_files(tmp_path):
@@ -232,16 +237,16 @@ def test_damaged_and_missing_files(tmp_path):
     whole = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="no complete safetensors file"):
-        convert.import_run(source, tmp_path / "run")
+        convert.import_run(source, tmp_path / "run", common.get_config())
     (source / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"neither model.safetensors nor pytorch_model.bin"):
-        convert.import_run(source, tmp_path / "run")
+        convert.import_run(source, tmp_path / "run", common.get_config())
     (source / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
-        convert.import_run(source, tmp_path / "run")
+        convert.import_run(source, tmp_path / "run", common.get_config())
     (source / "config.json").unlink()
     with pytest.raises(InputError, match=r"has no config\.json"):
-        convert.import_run(source, tmp_path / "run")
+        convert.import_run(source, tmp_path / "run", common.get_config())
 
 
 def test_bin_without_torch_says_how_to_go_on(tmp_path, monkeypatch):
@@ -249,7 +254,7 @@ def test_bin_without_torch_says_how_to_go_on(tmp_path, monkeypatch):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match="only with torch, which is not installed"):
-        convert.import_run(source, tmp_path / "run")
+        convert.import_run(source, tmp_path / "run", common.get_config())
 
 
 class Exploit:
@@ -265,14 +270,14 @@ def test_bin_is_read_with_torch_and_nothing_is_unpickled(tmp_path):
     state = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     torch.save({key: torch.from_numpy(value) for key, value in state.items()}, source / "pytorch_model.bin")
-    convert.import_run(source, tmp_path / "run")
+    convert.import_run(source, tmp_path / "run", common.get_config())
     chex.assert_trees_all_equal(dict(hf.read_state(source)), dict(state))
 
     exploit = Exploit()
     exploit.path = str(tmp_path / "owned")
     (source / "pytorch_model.bin").write_bytes(pickle.dumps(exploit))
     with pytest.raises(InputError, match="cannot be read as a file of plain weights"):
-        convert.import_run(source, tmp_path / "other")
+        convert.import_run(source, tmp_path / "other", common.get_config())
     assert not (tmp_path / "owned").exists()
 
 
@@ -284,7 +289,7 @@ def test_exported_files_load_in_torch_without_missing_or_surplus_keys(tmp_path, 
     from safetensors.torch import load_file as load_torch
 
     source, pair, _ = golden_folder(tmp_path, name)
-    convert.import_run(source, tmp_path / "run")
+    convert.import_run(source, tmp_path / "run", common.get_config())
     convert.export_run(tmp_path / "run", tmp_path / "out")
     module = torch.nn.Module()
     for key, rule in pair["state"].items():
@@ -302,7 +307,7 @@ def test_exported_files_load_in_torch_without_missing_or_surplus_keys(tmp_path, 
     ("changes", "message"),
     [
         ({"demux__form": "paper"}, "another rsa stack"),
-        ({"mux__name": "gaussian_attention"}, "no bert class with the multiplexer 'gaussian_attention'"),
+        ({"mux__name": "gaussian_attention", "objective": "mlm"}, "no class MuxedBertForMaskedLM with"),
         ({"demux__name": "mlp"}, "no bert class with the demultiplexer 'mlp'"),
         (
             {"model__family": "roberta", "demux__name": "index", "objective": "mlm"},
@@ -379,3 +384,108 @@ def test_half_precision_files_are_read(tmp_path):
     for key, value in hf.read_state(source).items():
         assert value.dtype == np.float32
         np.testing.assert_array_equal(value, state[key].astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("family", "name"), [("bert", "BertForMaskedLM"), ("electra", "ElectraForPreTraining")])
+def test_published_baselines_are_plain_although_their_configs_carry_multiplexing_keys(tmp_path, family, name):
+    description = published(family, name)
+    config, _, _, params = network(description)
+    carried = {
+        "num_instances": 1,
+        "muxing_variant": "gaussian_hadamard",
+        "demuxing_variant": "index_pos",
+        "gaussian_hadamard_norm": None,
+    }
+    source = write(tmp_path / "source", description | carried, hf.export_state(params, config))
+    assert "plain" in convert.import_run(source, tmp_path / "run", common.get_config())
+    chex.assert_trees_all_equal(load_run(tmp_path / "run").params, params)
+
+
+def test_older_names_of_layer_norm_are_read(tmp_path):
+    source, pair, _ = golden_folder(tmp_path)
+    renamed = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for key, value in golden.fill(pair).items()
+    }
+    assert any(key.endswith("gamma") for key in renamed)
+    hf.write_state(source / "model.safetensors", renamed)
+    convert.import_run(source, tmp_path / "run", common.get_config())
+
+
+def test_a_plain_classifier_of_another_kind_is_left_out_and_said_so(tmp_path):
+    description = published("bert", "BertForSequenceClassification")
+    config, _, _, params = network(description | {"architectures": ["BertForMaskedLM"]})
+    state = {key: value for key, value in hf.export_state(params, config).items() if key.startswith("bert.")}
+    state |= {
+        "classifier.weight": np.ones((3, 12), "f"),
+        "classifier.bias": np.ones(3, "f"),
+        "bert.pooler.dense.bias": np.ones(12, "f"),
+    }
+    source = write(tmp_path / "source", description, state)
+    message = convert.import_run(source, tmp_path / "run", common.get_config(), objective="classification")
+    assert "Fresh, as the checkpoint has none: classifier/out/bias, classifier/out/kernel." in message
+    assert "Left out, heads of something else: classifier.bias, classifier.weight." in message
+
+
+def test_a_discriminator_becomes_a_classifier(tmp_path):
+    source, _, _ = golden_folder(tmp_path, "muxelectra_rtd_gaussian_indexpos_n2")
+    message = convert.import_run(source, tmp_path / "run", common.get_config(), objective="classification")
+    assert "classifier/hidden/bias" in message
+    assert "Left out, heads of something else: discriminator_predictions.dense.bias" in message
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(tmp_path):
+    source, _, _ = golden_folder(tmp_path)
+    convert.import_run(source, tmp_path / "run", common.get_config())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(InputError, match="holds a run already"):
+        convert.import_run(source, tmp_path / "run", common.get_config())
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_what_a_converted_run_is_not_for(tmp_path):
+    source, _, _ = golden_folder(tmp_path)
+    convert.import_run(source, tmp_path / "run", common.get_config())
+    with pytest.raises(InputError, match="parameters but no training state"):
+        train(text_config(5, resume=str(tmp_path / "run")), tmp_path / "next")
+    assert not (tmp_path / "next").exists()
+    with pytest.raises(InputError, match="does not read what its data source"):
+        evaluate_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_demux_layers": 1}, "uses two layers for retrieval"),
+        ({"num_instances": None}, "no key 'num_instances'"),
+        ({"hidden_size": "x"}, "hidden_size = 'x', which is no whole number"),
+        ({"num_attention_heads": 3}, "not divisible by model.num_heads = 3"),
+    ],
+)
+def test_configs_are_checked_like_our_own(tmp_path, changes, message):
+    source, pair, _ = golden_folder(tmp_path)
+    (source / "config.json").write_text(json.dumps(golden.published_config(pair) | changes))
+    with pytest.raises(InputError, match=message):
+        convert.import_run(source, tmp_path / "run", common.get_config())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"demux__name": "index", "objective": "mlm"}, "demux.prefix = 'extend'"),
+        ({"demux__name": "index", "demux__prefix": "cut"}, "demux.prefix = 'cut'"),
+        (
+            {"model__family": "electra", "mux__name": "gaussian_attention", "demux__form": "electra"},
+            "no class MuxedElectraForSequenceClassification",
+        ),
+        (
+            {"model__family": "electra", "mux__name": "random_ortho", "demux__form": "electra", "model__embedding_size": 8},
+            "mixes at the hidden",
+        ),
+    ],
+)
+def test_classes_are_told_apart_on_export(changes, message):
+    usual = {"demux__form": "bert", "model__pool": "first", "model__type_vocab_size": 2}
+    with pytest.raises(InputError, match=message):
+        hf_config.from_config(text_config(**(usual | changes)), vocab_size=300, positions=12, labels=("a", "b"), pad=0)

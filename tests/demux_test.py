@@ -156,7 +156,9 @@ def test_prefixes_of_the_published_families():
 
 
 def test_a_vocabulary_too_small_for_the_prefix_is_refused():
-    with pytest.raises(InputError, match=r"up to 50000.*the vocabulary has 500"):
-        published_tokens("roberta", 500, 2, index=True)
-    with pytest.raises(InputError, match="down to -1"):
-        published_tokens("bert", 30522, 680, index=True)
+    with pytest.raises(InputError, match=r"token ids .*50000.*the vocabulary has 500"):
+        published_tokens("roberta", 500, 2, demux="index")
+    with pytest.raises(InputError, match="token ids -1,"):
+        published_tokens("bert", 30522, 680, demux="index")
+    with pytest.raises(InputError, match="token ids 49923 "):
+        published_tokens("roberta", 500, 2, demux="mlp")

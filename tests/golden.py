@@ -18,8 +18,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from datamux_jax import corruption, hf, hf_config, losses, sharding
+from configs import common
+from datamux_jax import hf, hf_config, losses, sharding
 from datamux_jax.build import SEQUENCE_OBJECTIVES, build, init_params
 from datamux_jax.families import published_tokens
 from datamux_jax.model import call
@@ -75,14 +77,14 @@ def published_config(pair: dict) -> dict:
 def run(pair: dict, data: dict[str, np.ndarray]) -> dict[str, float]:
     """Largest absolute error of every output of a pair."""
     published = published_config(pair)
-    config = hf_config.to_config(published, pair["name"])
+    config = hf_config.to_config(published, pair["name"], common.get_config())
     n, vocab_size = config.num_instances, pair["vocab_size"]
-    tokens = published_tokens(config.model.family, vocab_size, n, index=config.demux.name == "index")
+    tokens = published_tokens(config.model.family, vocab_size, n, demux=config.demux.name)
     length = data["input_ids"].shape[1]
     model = build(config, num_classes=pair["num_labels"], vocab_size=vocab_size, max_length=length, tokens=tokens)
     shapes = jax.eval_shape(lambda key: init_params(model, key, (1, n, length), "int32"), jax.random.key(0))
     fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), sharding.unbox(shapes))
-    params, stayed = hf.import_state(fill(pair), config, fresh, pair["name"])
+    params, stayed, _ = hf.import_state(fill(pair), config, fresh, pair["name"])
     assert not stayed, f"not in the checkpoint: {stayed}"
 
     def grouped(name: str, fillers: str) -> jax.Array:
@@ -134,16 +136,27 @@ def forward(model, config, params, batch: dict, instances: np.ndarray, room: int
         tagging = config.objective == "tagging"
         out["demuxed"] = model.apply({"params": params}, h, method=lambda m, h: m.demux(h))
         out["logits"] = call(model, params, "tag" if tagging else "replaced", h)
-        loss_of = losses.tagging_loss if tagging else losses.replaced_loss
-        out["task_loss"] = loss_of(model, params, h, batch, {}, False)[0]
+        if tagging:
+            out["task_loss"] = losses.tagging_loss(model, params, h, labelled(batch, config), {}, False)[0]
+        else:
+            # The published discriminator, run by itself, compares all fed positions, prefix included, with labels that were not moved.
+            whole = model.apply({"params": params}, out["demuxed"], method=lambda m, x: m.replaced_head(x))
+            loss = optax.sigmoid_binary_cross_entropy(whole, batch["label"].astype(jnp.float32))
+            out["task_loss"] = losses.weighted_mean(loss, batch["mask"].astype(jnp.float32))
     # Instances were recorded only where a position can carry a loss.
     fed = model.feed(batch["inputs"])
     instance = jnp.zeros((fed.shape[0], fed.shape[2]), jnp.int32)
     instance = instance.at[:, fed.shape[2] - instances.shape[1] :].set(instances)
-    pad = None if pads_count else model.tokens.pad
-    target, weight = corruption.retrieval_targets(fed, instance, pad=pad, start=model.retrieval_start)
-    out["retrieval_loss"] = losses.retrieval_loss(model, params, h, (instance, target, weight), {}, False)[0]
+    drawn = losses.asked(model, fed, instance, pads_count=pads_count)
+    out["retrieval_loss"] = losses.retrieval_loss(model, params, h, drawn, {}, False)[0]
     return out
+
+
+def labelled(batch: dict, config) -> dict:
+    """DataMUX also leaves out labels at padding; there are none in real data."""
+    if config.model.family != "roberta":
+        return batch
+    return {**batch, "label": jnp.where(batch["mask"] == 1, batch["label"], losses.NO_LABEL)}
 
 
 def scattered(offset: int, label: np.ndarray, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

