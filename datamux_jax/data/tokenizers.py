@@ -28,13 +28,16 @@ class ByteTokenizer:
         return self.first_byte_id + 256
 
     def special_tokens(self, num_instances: int) -> tuple[SpecialTokens, int]:
-        """The special ids, and the vocabulary size with room for the prefix of the index demultiplexer behind the bytes."""
+        """The special ids, and the vocabulary size with room for the prefix of the index demultiplexer behind the bytes.
+
+        The size is rounded up to a multiple of 8, so that the table divides over the axes of usual meshes.
+        """
         filler = self.vocab_size
         tokens = SpecialTokens(
             pad=self.pad_id, cls=self.cls_id, sep=self.sep_id, mask=self.mask_id, mlp_first=self.cls_id,
             filler=filler, index=filler + num_instances, index_cls=self.cls_id,
         )  # fmt: skip
-        return tokens, filler + 1 + num_instances
+        return tokens, -(-(filler + 1 + num_instances) // 8) * 8
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens, `[CLS]` included."""
