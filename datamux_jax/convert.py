@@ -13,13 +13,13 @@ import ml_collections
 import numpy as np
 
 from datamux_jax import checkpoint, hf, hf_config, sharding, workdir
-from datamux_jax.build import build, build_generator, count_params, init_params
+from datamux_jax.build import build_generator, count_params, init_params
 from datamux_jax.config import validate
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
 from datamux_jax.families import FAMILIES, published_tokens
 from datamux_jax.runs import load_run
-from datamux_jax.train import FORMAT
+from datamux_jax.train import FORMAT, build_model
 
 SOURCE = "source.json"
 TOKENIZER = "tokenizer"
@@ -84,13 +84,7 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
     if checkpoint.newest_step(run) is not None:
         raise InputError(f"--workdir={run} holds a run already. Choose a new folder; nothing was changed.")
     fmt = _format(config, published)
-    model = build(
-        config,
-        num_classes=len(fmt.label_names),
-        vocab_size=fmt.vocab_size,
-        max_length=fmt.length,
-        tokens=fmt.tokens,
-    )
+    model = build_model(config, fmt)
     generator = build_generator(config, model)
 
     def make(key: jax.Array) -> Any:

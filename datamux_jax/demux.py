@@ -17,7 +17,6 @@ from datamux_jax.families import SpecialTokens
 from datamux_jax.layers import Array, Spec, dense, gelu, layer_norm, parameter
 
 Select = tuple[Array, Array]
-STACKS = ("task", "retrieval")
 
 
 class Demultiplexer(nn.Module):
@@ -84,6 +83,10 @@ class Demultiplexer(nn.Module):
         Returns:
           `[B, N, L, D]`, or `[B, P, D]` for selected pairs.
         """
+        return self.unmix(h_BxLxD, select, h_BxLxD if row is None else row, stack, train)
+
+    def unmix(self, h_BxLxD: Array, select: Select | None, row: Array, stack: str, train: bool) -> Array:
+        """What a demultiplexer computes; arguments and result as for `__call__`, with `row` always given."""
         raise NotImplementedError
 
 
@@ -139,15 +142,7 @@ class RSA(Demultiplexer):
         self.retrieval_out, self.retrieval_norm = dense(spec, width, ("embed", None)), layer_norm(spec)
         self.dropout = nn.Dropout(spec.dropout_rate)
 
-    def __call__(
-        self,
-        h_BxLxD: Array,
-        select: Select | None = None,
-        *,
-        row: Array | None = None,
-        stack: str = "task",
-        train: bool = False,
-    ) -> Array:
+    def unmix(self, h_BxLxD: Array, select: Select | None, row: Array, stack: str, train: bool) -> Array:
         del row
         a_NxD = self.key_in(self.keys.astype(h_BxLxD.dtype))
         c_BxLxD = self.state_in(h_BxLxD)
@@ -155,10 +150,10 @@ class RSA(Demultiplexer):
             # A form may leave layers out that a published checkpoint has; they exist, unused, in all forms.
             for layer in (*self.hidden, *self.norms):
                 layer(c_BxLxD)
-        unmix = RSA.unmix_task if stack == "task" else RSA.unmix_retrieval
+        of_stack = RSA.unmix_task if stack == "task" else RSA.unmix_retrieval
         if select is not None:
-            return unmix(self, a_NxD[select[0]], chosen(c_BxLxD, select[1]), train)
-        return over_rows(unmix, self, a_NxD, c_BxLxD, train)
+            return of_stack(self, a_NxD[select[0]], chosen(c_BxLxD, select[1]), train)
+        return over_rows(of_stack, self, a_NxD, c_BxLxD, train)
 
     def unmix_task(self, a: Array, c: Array, train: bool) -> Array:
         """The task stack after the first matrix product, for one instance: `a` `[D]`, `c` `[L, D]` -> `[L, D]`."""
@@ -241,17 +236,9 @@ class Index(Demultiplexer):
         ones = jnp.ones((*mask_BxNxL.shape[:2], self.offset), mask_BxNxL.dtype)
         return jnp.concatenate([ones, mask_BxNxL], axis=-1)
 
-    def __call__(
-        self,
-        h_BxLxD: Array,
-        select: Select | None = None,
-        *,
-        row: Array | None = None,
-        stack: str = "task",
-        train: bool = False,
-    ) -> Array:
+    def unmix(self, h_BxLxD: Array, select: Select | None, row: Array, stack: str, train: bool) -> Array:
         layers = self.task if stack == "task" else self.retrieval
-        p_BxNxD = (h_BxLxD if row is None else row)[:, : self.num_instances]
+        p_BxNxD = row[:, : self.num_instances]
         a_BxNxD, c_BxLxD = layers.halves(p_BxNxD, h_BxLxD)
         if select is not None:
             return layers.unmix(chosen(a_BxNxD, select[0]), chosen(c_BxLxD, select[1]), train)
@@ -296,15 +283,7 @@ class MLP(Demultiplexer):
     def first_token(self) -> int | None:
         return self.tokens.mlp_first if self.tokens else None
 
-    def __call__(
-        self,
-        h_BxLxD: Array,
-        select: Select | None = None,
-        *,
-        row: Array | None = None,
-        stack: str = "task",
-        train: bool = False,
-    ) -> Array:
+    def unmix(self, h_BxLxD: Array, select: Select | None, row: Array, stack: str, train: bool) -> Array:
         del row
         x = (self.task if stack == "task" else self.retrieval)(h_BxLxD, train)
         if select is not None:

@@ -18,12 +18,6 @@ from datamux_jax.objectives import OBJECTIVES
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run, load_run
 
-TASKS = {
-    "classification": losses.classification_loss,
-    "regression": losses.regression_loss,
-    "tagging": losses.tagging_loss,
-}
-
 
 def evaluation_step(run: Run) -> Callable[[Any, Any, jax.Array], Any]:
     """The jitted function `(params, batch, key) -> sums` of what this run was trained for.
@@ -40,8 +34,8 @@ def evaluation_step(run: Run) -> Callable[[Any, Any, jax.Array], Any]:
         del key
         h = call(model, params, "encode", batch["inputs"], batch["mask"])
         sums: dict[str, Any] = {}
-        if config.objective in TASKS:
-            sums |= TASKS[config.objective](model, params, h, batch, {}, False)[1]
+        if config.objective in losses.TASK_LOSSES:
+            sums |= losses.TASK_LOSSES[config.objective](model, params, h, batch, {}, False)[1]
         if retrieve:
             sums |= losses.every_retrieval(model, params, h, batch)
         return sums

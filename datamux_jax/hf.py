@@ -122,7 +122,6 @@ def import_state(
       fresh: parameters of a fresh network, for what the file may lack.
       where: name of the file, for errors.
       may_lack: prefixes of parameter paths that the file may lack; such parameters stay fresh.
-
       other_heads: heads of another task may lie in the file; they are left out.
 
     Returns:
@@ -141,7 +140,7 @@ def import_state(
         used.update(entry.theirs)
         absent = [key for key in entry.theirs if key not in state]
         if absent:
-            if not all(path.startswith(may_lack) for path in entry.ours) or not may_lack:
+            if not all(path.startswith(may_lack) for path in entry.ours):
                 missing += absent
             continue
         arrays = [state[key] for key in entry.theirs]

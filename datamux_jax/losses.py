@@ -82,14 +82,7 @@ def retrieval_loss(
     """
     instance, target, weight, position = drawn
     logits = call(model, params, "predict_tokens", h_BxLxD, instance, position, train, rngs=dropout_stream(rngs, 1))
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    right = (logits.argmax(-1) == target) * weight
-    slot = jax.nn.one_hot(instance, model.num_instances)
-    sums = {
-        "retrieval_loss": ((loss * weight).sum(), weight.sum()),
-        "retrieval_accuracy": (jnp.einsum("bl,bln->n", right, slot), jnp.einsum("bl,bln->n", weight, slot)),
-    }
-    return weighted_mean(loss, weight), sums
+    return _vocabulary_loss("retrieval", model.num_instances, logits, target, instance, weight)
 
 
 def classification_loss(
@@ -172,14 +165,8 @@ def chosen_tokens_loss(
         model, params, "predict_tokens", h_BxLxD, instance, position + model.offset, train, rngs=dropout_stream(rngs, 2)
     )
     target = tokens_BxNxL[jnp.arange(len(instance))[:, None], instance, position]
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    right = (logits.argmax(-1) == target) * weight
-    slot = jax.nn.one_hot(instance, model.num_instances)
-    sums = {
-        "mlm_loss": ((loss * weight).sum(), weight.sum()),
-        "mlm_accuracy": (jnp.einsum("bp,bpn->n", right, slot), jnp.einsum("bp,bpn->n", weight, slot)),
-    }
-    return weighted_mean(loss, weight), sums, (logits, instance, position, weight)
+    loss, sums = _vocabulary_loss("mlm", model.num_instances, logits, target, instance, weight)
+    return loss, sums, (logits, instance, position, weight)
 
 
 def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch) -> Sums:
@@ -198,6 +185,24 @@ def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, 
         return ((logits.argmax(-1) == tokens[:, i]) * counted[:, i]).sum(), counted[:, i].sum()
 
     return {"retrieval_accuracy": jax.lax.map(one, jnp.arange(tokens.shape[1]))}
+
+
+# What fine-tuning and evaluation score.
+TASK_LOSSES = {"classification": classification_loss, "regression": regression_loss, "tagging": tagging_loss}
+
+
+def _vocabulary_loss(
+    name: str, instances: int, logits_BxPxV: Array, target_BxP: Array, instance_BxP: Array, weight_BxP: Array
+) -> tuple[Array, Sums]:
+    """Mean cross-entropy over the vocabulary, and the sums `NAME_loss` and `NAME_accuracy`, the latter by instance."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits_BxPxV, target_BxP)
+    right = (logits_BxPxV.argmax(-1) == target_BxP) * weight_BxP
+    slot = jax.nn.one_hot(instance_BxP, instances)
+    sums = {
+        f"{name}_loss": ((loss * weight_BxP).sum(), weight_BxP.sum()),
+        f"{name}_accuracy": (jnp.einsum("bp,bpn->n", right, slot), jnp.einsum("bp,bpn->n", weight_BxP, slot)),
+    }
+    return weighted_mean(loss, weight_BxP), sums
 
 
 def _cross_entropy(logits: Array, label: Array, weight: Array) -> tuple[Array, Sums]:

@@ -71,9 +71,7 @@ class MultiplexedTransformer(nn.Module):
     retrieval_start: int = 0
 
     def setup(self) -> None:
-        self.embeddings = Embeddings(
-            self.spec, self.num_positions, self.vocab_size, self.type_vocab_size, self.pad_position if self.vocab_size else None
-        )
+        self.embeddings = Embeddings(self.spec, self.num_positions, self.vocab_size, self.type_vocab_size, self.pad_position)
         if self.head in ("sequence", "token"):
             self.classifier = ClassificationHead(self.spec, self.num_classes, self.classifier_form)
         if self.head == "replaced":

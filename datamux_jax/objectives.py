@@ -33,25 +33,36 @@ def retrieval(model: MultiplexedTransformer, config: Any, generator: Any = None)
     return objective
 
 
-def fine_tuning(task_loss: Any) -> Callable[..., Objective]:
-    """`task_loss_coeff * task + retrieval_loss_coeff * retrieval` (DataMUX: 0.9 and 0.1).
+def auxiliary_retrieval(model: MultiplexedTransformer, config: Any, *, pads_count: bool = False) -> Callable[..., Any]:
+    """A function that adds `retrieval_loss_coeff * retrieval` of the given inputs to a loss, and its sums.
 
-    With a retrieval coefficient of 0 the vocabulary logits are never built.
+    With a coefficient of 0 it adds nothing, and vocabulary logits are never built.
     """
+
+    def add(
+        loss: Array, sums: Sums, inputs: Array, params: Any, h: Array, key: Array, rngs: Mapping[str, Array], train: bool
+    ) -> tuple[Array, Sums]:
+        if not config.retrieval_loss_coeff:
+            return loss, sums
+        drawn = losses.draw_retrieval(model, key, model.feed(inputs), config.retrieval_percentage, pads_count=pads_count)
+        extra, more = losses.retrieval_loss(model, params, h, drawn, rngs, train)
+        return loss + config.retrieval_loss_coeff * extra, {**sums, **more}
+
+    return add
+
+
+def fine_tuning(task_loss: Any) -> Callable[..., Objective]:
+    """`task_loss_coeff * task + retrieval_loss_coeff * retrieval` (DataMUX: 0.9 and 0.1)."""
 
     def build(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Objective:
         del generator
+        with_retrieval = auxiliary_retrieval(model, config)
 
         def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Sums]:
             h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=dropout_stream(rngs, 0))
             loss, sums = task_loss(model, params, h, batch, rngs, train)
             loss = config.task_loss_coeff * loss
-            if config.retrieval_loss_coeff:
-                drawn = losses.draw_retrieval(
-                    model, rngs["corruption"], model.feed(batch["inputs"]), config.retrieval_percentage
-                )
-                extra, more = losses.retrieval_loss(model, params, h, drawn, rngs, train)
-                loss, sums = loss + config.retrieval_loss_coeff * extra, {**sums, **more}
+            loss, sums = with_retrieval(loss, sums, batch["inputs"], params, h, rngs["corruption"], rngs, train)
             return loss, {**sums, "loss": _per_example(loss, batch)}
 
         return objective
@@ -63,6 +74,7 @@ def mlm(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Ob
     """Masked language modelling, and retrieval of the masked tokens beside it if it has a weight (MUX-PLMs, section 3.3)."""
     del generator
     special = model.tokens
+    with_retrieval = auxiliary_retrieval(model, config, pads_count=True)
 
     def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Sums]:
         assert special is not None, "prepare() refuses feature inputs"
@@ -74,12 +86,7 @@ def mlm(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Ob
         room = corruption.capacity(tokens[0].size, config.mask_rate)
         loss, sums, _ = losses.chosen_tokens_loss(model, params, h, tokens, chosen, room, rngs, train)
         loss = config.task_loss_coeff * loss
-        if config.retrieval_loss_coeff:
-            drawn = losses.draw_retrieval(
-                model, retrieval_key, model.feed(inputs), config.retrieval_percentage, pads_count=True
-            )
-            extra, more = losses.retrieval_loss(model, params, h, drawn, rngs, train)
-            loss, sums = loss + config.retrieval_loss_coeff * extra, {**sums, **more}
+        loss, sums = with_retrieval(loss, sums, inputs, params, h, retrieval_key, rngs, train)
         return loss, {**sums, "loss": _per_example(loss, batch)}
 
     return objective
@@ -92,6 +99,7 @@ def electra(model: MultiplexedTransformer, config: Any, generator: MultiplexedTr
     `generator_loss_coeff * gen + discriminator_loss_coeff * (task_loss_coeff * replaced + retrieval_loss_coeff * retrieval)`.
     """
     special = model.tokens
+    with_retrieval = auxiliary_retrieval(model, config, pads_count=True)
 
     def objective(params: Any, batch: Batch, rngs: Mapping[str, Array], train: bool) -> tuple[Array, Sums]:
         assert special is not None, "prepare() refuses feature inputs"
@@ -113,12 +121,7 @@ def electra(model: MultiplexedTransformer, config: Any, generator: MultiplexedTr
         h = call(model, params, "encode", inputs, batch["mask"], train, rngs=dropout_stream(rngs, 0))
         loss, more = losses.replaced_loss(model, params, h, {**batch, "label": replaced}, rngs, train)
         loss, sums = config.task_loss_coeff * loss, {**sums, **more}
-        if config.retrieval_loss_coeff:
-            drawn = losses.draw_retrieval(
-                model, retrieval_key, model.feed(inputs), config.retrieval_percentage, pads_count=True
-            )
-            extra, more = losses.retrieval_loss(model, params, h, drawn, rngs, train)
-            loss, sums = loss + config.retrieval_loss_coeff * extra, {**sums, **more}
+        loss, sums = with_retrieval(loss, sums, inputs, params, h, retrieval_key, rngs, train)
         loss = config.generator_loss_coeff * gen_loss + config.discriminator_loss_coeff * loss
         return loss, {**sums, "loss": _per_example(loss, batch)}
 
@@ -177,9 +180,7 @@ def _generate(
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "retrieval": retrieval,
-    "classification": fine_tuning(losses.classification_loss),
-    "regression": fine_tuning(losses.regression_loss),
-    "tagging": fine_tuning(losses.tagging_loss),
+    **{name: fine_tuning(task_loss) for name, task_loss in losses.TASK_LOSSES.items()},
     "mlm": mlm,
     "electra": electra,
 }

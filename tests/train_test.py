@@ -16,8 +16,9 @@ import pytest
 
 from datamux_jax import checkpoint, optimizer, workdir
 from datamux_jax.errors import InputError, Interrupted
+from datamux_jax.metrics_log import MetricsLog
 from datamux_jax.runs import load_run
-from datamux_jax.train import MetricsLog, stop_signals, train
+from datamux_jax.train import stop_signals, train
 from tests.conftest import small_config, text_config
 
 
