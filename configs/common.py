@@ -37,15 +37,33 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.generator_loss_coeff = 1.0  # ELECTRA: weight of the generator's loss,
     c.discriminator_loss_coeff = 50.0  # and of the discriminator's.
     c.dtype = "float32"  # Of the computation, or "bfloat16"; parameters and optimizer are always float32.
+    c.accumulation = 1  # Micro-batches that a batch is computed in; the update is that of the whole batch (dropout aside).
+    # What a block keeps for the backward pass: "none" computes nothing again, "dots" all but products with parameters, "full" all.
+    c.remat = "none"
+    c.scan_layers = False  # Compile one encoder block instead of num_layers; costs a copy of the encoder's parameters a step.
     c.resume = ""  # Folder of a run whose whole state (optimizer and data position too) a new run continues.
     c.init_from = ""  # Folder of a run whose parameters a new run starts from; relative to the workdir first.
     c.log_every = 50  # Steps between lines in metrics.jsonl.
+    c.tensorboard = True  # Write the same numbers for TensorBoard, into the run's folder.
+    c.wandb = ""  # Project on Weights & Biases to write them to, with the extra `wandb`; "": none.
 
     c.data = ml_collections.ConfigDict()
-    c.data.source = "digits"  # Or "cldr", language identification.
+    # "digits", or "cldr", language identification. Running text for pre-training: "files" or "tfds" (datamux_jax/data/corpus.py).
+    c.data.source = "digits"
+    c.data.path = ""  # "files": a file, a folder or a pattern (books/*.txt); "tfds": its data_dir, or "" for the default one.
+    c.data.name = ""  # "tfds": the data set, such as "wikipedia/20230601.en", "wiki40b/en", "lm1b" or "c4/en".
+    c.data.text_key = "text"  # "tfds": the feature that holds the text.
+    c.data.document = "paragraph"  # "files": what a document is; paragraphs end at an empty line. Or "line", or "file".
     c.data.train_split = "train"
-    c.data.tokenizer = "bytes"  # Of text sources.
+    # Running text: split to score, where the source has one; "": every k-th document is held out, as split "validation".
+    c.data.validation_split = ""
+    c.data.validation_share = 0.01  # Share of the documents that is held out then.
+    # "bytes"; "wordpiece" or "bpe", trained on the running text; or a tokenizer.json, a vocab.txt, or a folder with one (a run, too).
+    c.data.tokenizer = "bytes"
+    c.data.vocab_size = 8192  # Of a tokenizer that is trained.
+    c.data.lowercase = True  # Of a tokenizer that is trained.
     c.data.length = 0  # L, positions a text takes, [CLS] included. 0: the source's own (feature sources only).
+    c.data.cache = ""  # Folder of tokenised running text; "": $DATAMUX_CACHE, else ~/.cache/datamux_jax.
 
     c.model = ml_collections.ConfigDict()
     c.model.backbone = "encoder"
@@ -86,7 +104,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.generator.mlp_dim = 256
     c.generator.embedding_size = 0  # 0: that of the model. Equal sizes share the embeddings.
 
-    c.optimizer = ml_collections.ConfigDict()  # AdamW.
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.update_rule = (
+        "adamw"  # Or "published": AdamW as the published code has it, epsilon beside the uncorrected moment.
+    )
     c.optimizer.learning_rate = 1e-3  # Peak.
     c.optimizer.schedule = "cosine"  # After the warm-up: "constant", "linear" or "cosine", down to 0 at the last step.
     c.optimizer.warmup_steps = 100
@@ -103,10 +124,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every = 500  # Steps; the last step is always saved.
-    c.checkpoint.keep = 1  # Newest checkpoints that stay.
+    c.checkpoint.keep = 2  # Newest checkpoints that stay.
+    c.checkpoint.keep_best = (
+        0  # Best ones that stay besides; if not 0, the best is what evaluation, prediction and init_from use.
+    )
+    c.checkpoint.best = (
+        "loss"  # What is best, a metric of the evaluations: the lowest loss or error, the highest of anything else.
+    )
 
     c.eval = ml_collections.ConfigDict()
-    c.eval.split = "test"
+    c.eval.split = "test"  # Of running text: "validation".
+    c.eval.every = 0  # Steps between evaluations during training; 0: none. A checkpoint is saved at each.
+    c.eval.examples = 0  # Of the split, scored during training: the first ones; 0: all. In running text an example is a chunk.
     c.eval.groupings = 5  # Random groupings; who is mixed with whom changes predictions.
     c.eval.every_slot = False  # Score every example in every slot of its group; costs N times as much.
     c.eval.batch_groups = 64  # Groups a batch, also in prediction and in the benchmark.

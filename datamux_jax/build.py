@@ -45,7 +45,7 @@ def build(
     """
     m, n = config.model, config.num_instances
     family = FAMILIES[choose(FAMILIES, m.family, "The family model.family =")]
-    spec = spec_of(m, config.dtype)
+    spec = spec_of(config)
     mux_class = MUX[choose(MUX, config.mux.name, "The multiplexer mux.name =")]
     demux_class = DEMUX[choose(DEMUX, config.demux.name, "The demultiplexer demux.name =")]
     if config.demux.name == "index" and tokens is None:
@@ -106,8 +106,9 @@ def has_vocabulary_head(config: Any) -> bool:
     return config.demux.name != "none" or config.objective in ("retrieval", "mlm") or config.retrieval_loss_coeff > 0
 
 
-def spec_of(m: Any, dtype: str) -> Spec:
-    """The sizes in the config section `model`, or in one with the same keys."""
+def spec_of(config: Any) -> Spec:
+    """What all layers of the network of `config` share."""
+    m = config.model
     return Spec(
         hidden_size=m.hidden_size,
         num_layers=m.num_layers,
@@ -118,7 +119,9 @@ def spec_of(m: Any, dtype: str) -> Spec:
         attention_dropout_rate=m.attention_dropout_rate,
         layer_norm_eps=m.layer_norm_eps,
         init_stddev=m.init_stddev,
-        dtype=dtype,
+        dtype=config.dtype,
+        remat=config.remat,
+        scan=config.scan_layers,
     )
 
 

@@ -1,27 +1,29 @@
-"""Checkpoints of a run (orbax), and which of them a run starts from."""
+"""Checkpoints of a run (orbax): written asynchronously, kept by age and by score, verified when they are read."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
-from collections.abc import Iterator, Mapping
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import flax.traverse_util
-import grain
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from datamux_jax import distributed
 from datamux_jax.errors import InputError
 
 FOLDER = "checkpoints"
-# May be absent from, surplus in, or of another shape in the parameters that a run starts from: a new task has a new head.
-HEADS = ("classifier/", "replaced_head/", "decoder/", "generator/")
-# May be absent besides if the run to start from is a plain network.
-MULTIPLEXING = ("mux/", "demux/")
+DAMAGED = ".damaged"
+LOWER_IS_BETTER = ("loss", "error")
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -38,74 +40,180 @@ def quiet() -> Iterator[None]:
 class Checkpoints:
     """The checkpoints below `run`: parameters, the rest of the state, and the data position together, written asynchronously.
 
-    A checkpoint appears under its final name only when it is complete, so a kill at any moment leaves the older ones good.
+    A checkpoint appears under its final name only when it is complete, so a kill at any moment leaves the older ones good. Each holds
+    a checksum of every array. What cannot be read, or reads as something else than was written, is reported, and the checkpoint
+    before it takes its place.
+
+    Args:
+      run: folder of the run.
+      keep: newest checkpoints that stay.
+      keep_best: best checkpoints that stay besides.
+      best: metric that says which is best; needed with `keep_best`.
+      read_only: for reading alone, also while another process writes.
     """
 
-    def __init__(self, run: Path, keep: int = 1, *, read_only: bool = False) -> None:
-        self._folder = (run / FOLDER).absolute()
-        with quiet():
-            self._manager = self._open(keep, read_only)
+    def __init__(self, run: Path, keep: int = 1, keep_best: int = 0, best: str = "", *, read_only: bool = False) -> None:
+        self._run, self._folder, self._read_only = run, (run / FOLDER).absolute(), read_only
+        self._track_best = keep_best > 0
+        lower = best.endswith(LOWER_IS_BETTER)
 
-    def _open(self, keep: int, read_only: bool) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-            if not read_only
-            else ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0),
-            # Named here, an item's metadata can be read without restoring it.
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "rest": ocp.StandardCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(),
-            },
-        )
+        def score(metrics: dict[str, float]) -> float:
+            return -metrics[best] if lower else metrics[best]
+
+        options: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
+        if not read_only:
+            policies: list[Any] = [preservation_policy.LatestN(keep)]
+            if keep_best:
+                policies.append(
+                    preservation_policy.BestN(n=keep_best, get_metric_fn=score, keep_checkpoints_without_metrics=False)
+                )
+            policy = preservation_policy.AnyPreservationPolicy(policies)
+            options = {"preservation_policy": policy, "create": True, "cleanup_tmp_directories": True}
+        if self._track_best:
+            options |= {"best_fn": score, "best_mode": "max"}
+        with quiet():
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(**options),
+                # Named here, an item's metadata can be read without restoring it.
+                item_handlers={
+                    "params": ocp.StandardCheckpointHandler(),
+                    "rest": ocp.StandardCheckpointHandler(),
+                    "run": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, params: Any, rest: Any = None, data: grain.DatasetIterator | None = None) -> None:
+    @property
+    def chosen_step(self) -> int | None:
+        """The step to use: the best one if scores are kept, otherwise the newest."""
+        if self._track_best and (best := self._manager.best_step()) is not None:
+            return best
+        return self.latest_step
+
+    def save(
+        self, step: int, params: Any, rest: Any = None, position: Any = None, metrics: dict[str, float] | None = None
+    ) -> None:
         """Starts to save; returns as soon as the state is copied. Parameters alone make a run to start from, not to resume.
+
+        Args:
+          step: the number of updates so far.
+          params: parameters.
+          rest: rest of the state.
+          position: of the data iterator, as JSON has it.
+          metrics: of an evaluation at this step.
 
         Raises:
           InputError: the disk is full. The checkpoints before stay good.
         """
-        items = {"params": ocp.args.StandardSave(params)}
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(params)}
         if rest is not None:
-            items |= {"rest": ocp.args.StandardSave(rest), "data": grain.checkpoint.CheckpointSave(data)}
-        with _explain_full_disk(self._folder):
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            items["rest"] = ocp.args.StandardSave(rest)
+        about = {"checksums": checksums({"params": params, "rest": rest}), "position": position}
+        items["run"] = ocp.args.JsonSave(about)
+        with _explain_full_disk(self._folder), quiet():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
-    def restore(self, params: Any, rest: Any, data: grain.DatasetIterator) -> tuple[Any, Any]:
-        """Restores the newest checkpoint: `(params, rest)`; the iterator's position is set in place.
+    def restore(self, params: Any, rest: Any) -> tuple[int, Any, Any, Any]:
+        """Restores the newest intact checkpoint; damaged ones after it are moved aside.
 
         Args:
           params: abstract parameters with shardings.
           rest: abstract rest of the state with shardings.
-          data: iterator to set.
+
+        Returns:
+          Its step, parameters, rest of the state, and data position.
+
+        Raises:
+          InputError: none is intact.
         """
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            rest=ocp.args.StandardRestore(rest),
-            data=grain.checkpoint.CheckpointRestore(data),
-        )
-        restored = self._manager.restore(self.latest_step, args=items)
-        return restored["params"], restored["rest"]
 
-    def restore_params(self, params: Any) -> Any:
-        """Restores the parameters of the newest checkpoint alone."""
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        return self._manager.restore(self.latest_step, args=items)["params"]
+        def read(step: int) -> tuple[int, Any, Any, Any]:
+            items = ocp.args.Composite(
+                params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), run=ocp.args.JsonRestore()
+            )
+            restored = self._manager.restore(step, args=items)
+            return step, restored["params"], restored["rest"], restored["run"]
 
-    def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the newest checkpoint's parameters, by path."""
-        tree = self._manager.item_metadata(self.latest_step)["params"].tree
-        return {path: tuple(leaf.shape) for path, leaf in _flat(tree).items()}
+        def check(found: tuple[int, Any, Any, Any]) -> None:
+            verify({"params": found[1], "rest": found[2]}, found[3]["checksums"])
+
+        step, params, rest, run = self._first_intact(read, self.latest_step, check)
+        return step, params, rest, run["position"]
+
+    def restore_params(self, params: Any) -> tuple[int, Any]:
+        """Restores the parameters of the chosen checkpoint alone, and says which step it is.
+
+        Raises:
+          InputError: none is intact.
+        """
+
+        def read(step: int) -> tuple[int, Any, Any]:
+            items = ocp.args.Composite(params=ocp.args.StandardRestore(params), run=ocp.args.JsonRestore())
+            restored = self._manager.restore(step, args=items)
+            return step, restored["params"], restored["run"]
+
+        def check(found: tuple[int, Any, Any]) -> None:
+            verify({"params": found[1]}, found[2]["checksums"])
+
+        return self._first_intact(read, self.chosen_step, check)[:2]
+
+    def params_metadata(self) -> Any:
+        """Shapes and types of the chosen checkpoint's parameters, as a tree."""
+        return self._first_intact(lambda step: self._manager.item_metadata(step)["params"].tree, self.chosen_step)
 
     def items(self) -> set[str]:
-        """What the newest checkpoint holds: parameters, and in a training run `rest` and `data`."""
+        """What the newest checkpoint holds: `params`, and in a training run `rest`."""
         folder = self._folder / str(self.latest_step)
         return {path.name for path in folder.iterdir() if path.is_dir()}
+
+    def _first_intact(
+        self, read: Callable[[int], Result], first: int | None, check: Callable[[Result], None] = lambda found: None
+    ) -> Result:
+        """`read` of the first step for which it succeeds, and `check` after it: `first`, then the others, newest first.
+
+        `check` may compute on all devices, so it starts only where every process has read its part.
+        """
+        steps = sorted(self._manager.all_steps(), key=lambda step: (step == first, step), reverse=True)
+        damaged: dict[int, str] = {}
+        for step in steps:
+            try:
+                with quiet():
+                    result = distributed.together(functools.partial(_explained, read, step))
+                    distributed.together(functools.partial(_explained, check, result))
+            except Unreadable as error:
+                damaged[step] = str(error)
+                continue
+            except InputError:
+                damaged[step] = "another process cannot read its part"
+                continue
+            if damaged:
+                self._report(damaged, step)
+            return result
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+        raise InputError(
+            f"No checkpoint in {self._folder} can be read ({reasons or 'there is none'}). Restore the folder from a copy, or start "
+            "again in a new --workdir."
+        )
+
+    def _report(self, damaged: dict[int, str], used: int) -> None:
+        for step, reason in damaged.items():
+            print(f"The checkpoint of step {step} in {self._folder} is damaged ({reason}).", flush=True)
+        print(f"The one of step {used} is used.", flush=True)
+        if self._read_only:
+            return
+
+        def move() -> None:
+            for step in damaged:
+                folder = self._folder / str(step)
+                aside = next(path for n in range(1, 1000) if not (path := folder.with_name(f"{step}{DAMAGED}{n}")).exists())
+                folder.rename(aside)
+
+        distributed.on_primary(move)
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong there."""
@@ -113,7 +221,61 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends background work. What failed there has been raised by `save` or `wait`; if not, it is raised here."""
+        failing = sys.exc_info()[0] is not None
+        with quiet(), contextlib.suppress(Exception) if failing else _explain_full_disk(self._folder):
+            self._manager.close()
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A number for every array of a tree, by path, that depends on every bit and its place, but not on shardings."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    values = np.asarray(jax.device_get(_checksums([leaf for _, leaf in leaves])))
+    return {_name(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
+
+
+def verify(tree: Any, expected: dict[str, int]) -> None:
+    """Raises ValueError if an array of a tree is not the one whose checksum was taken."""
+    wrong = [name for name, value in checksums(tree).items() if expected[name] != value]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{wrong[0]}{more} is not what was saved")
+
+
+@jax.jit
+def _checksums(leaves: list[Any]) -> Any:
+    return jnp.stack([_checksum(leaf) for leaf in leaves])
+
+
+def _checksum(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    # The finaliser of MurmurHash3: every bit, and the place, changes all bits of what is added up. Sums of integers wrap around and do
+    # not depend on their order.
+    mixed = bits ^ (place * jnp.uint32(0x9E3779B9))
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        mixed = (mixed ^ (mixed >> 16 if factor == 0x85EBCA6B else mixed >> 13)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+def _name(path: Any) -> str:
+    return str(jax.tree_util.keystr(path, simple=True, separator="/"))
+
+
+class Unreadable(InputError):
+    """A checkpoint is not what was written."""
+
+
+def _explained(read: Callable[[Any], Result], argument: Any) -> Result:
+    try:
+        return read(argument)
+    except Exception as error:  # Whatever orbax and the libraries below it make of a damaged file.
+        raise Unreadable(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
 
 
 class _explain_full_disk:
@@ -127,7 +289,7 @@ class _explain_full_disk:
         seen: BaseException | None = error
         while seen is not None:
             full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or "No space left" in str(seen):
+            if full or "No space left" in str(seen) or "quota exceeded" in str(seen).lower():
                 raise InputError(
                     f"The disk is full: a checkpoint could not be written to {self._folder}. The checkpoints before it are good. "
                     "Free some space and give the same command again; it goes on from the last one."
@@ -135,8 +297,12 @@ class _explain_full_disk:
             seen = seen.__cause__ or seen.__context__
 
 
-def run_checkpoints(run: Path) -> Checkpoints:
+def run_checkpoints(run: Path, config: Any = None) -> Checkpoints:
     """The checkpoints of an existing run, for reading.
+
+    Args:
+      run: its folder.
+      config: of the run; says whether the best checkpoint is used. Default: the newest.
 
     Raises:
       InputError: there are none.
@@ -144,17 +310,29 @@ def run_checkpoints(run: Path) -> Checkpoints:
     if not (run / FOLDER).is_dir():
         problem = "holds no checkpoint yet" if run.is_dir() else "is not the folder of a run"
         raise InputError(f"{run} {problem}. Let its training go on until it has saved one, or name another run.")
-    found = Checkpoints(run, read_only=True)
+    found = _reader(run, config)
     if found.latest_step is None:
         raise InputError(f"{run} holds no complete checkpoint. Let its training go on until it has saved one.")
     return found
 
 
-def find_run(name: str, workdir: Path) -> Path:
-    """The folder of the run that a config names: relative to `workdir` (`../n2-warmup`), else to the current folder."""
-    # Normalised as text: the workdir itself may not exist yet.
-    beside = Path(os.path.normpath(workdir / name))
-    return beside if beside.exists() else Path(name)
+def _reader(run: Path, config: Any) -> Checkpoints:
+    if config is None:
+        return Checkpoints(run, read_only=True)
+    return Checkpoints(run, keep_best=config.checkpoint.keep_best, best=config.checkpoint.best, read_only=True)
+
+
+def chosen_step(run: Path, config: Any) -> int | None:
+    """The step that evaluation and prediction use: the best if the run keeps the best, otherwise the newest; None if there is none."""
+    if not (run / FOLDER).is_dir():
+        return None
+    with contextlib.closing(_reader(run, config)) as found:
+        return found.chosen_step
+
+
+def used_bytes(run: Path) -> int:
+    """Disk that the checkpoints of a run take."""
+    return sum(path.stat().st_size for path in (run / FOLDER).rglob("*") if path.is_file())
 
 
 def newest_step(run: Path) -> int | None:
@@ -163,95 +341,3 @@ def newest_step(run: Path) -> int | None:
         return None
     with contextlib.closing(Checkpoints(run, read_only=True)) as found:
         return found.latest_step
-
-
-def check_resumable(run: Path) -> None:
-    """Raises InputError if the run in `run` has parameters only, like one that was converted."""
-    with contextlib.closing(run_checkpoints(run)) as found:
-        if not {"rest", "data"} <= found.items():
-            raise InputError(
-                f"resume = {str(run)!r} has parameters but no training state, as it was converted from a published checkpoint. Use "
-                "init_from to start a training from its parameters."
-            )
-
-
-def match(
-    run: Path, params: Any, key: str = "init_from", fresh: tuple[str, ...] = HEADS
-) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Checks that a network with the parameters `params` (abstract or real) can start from the run in `run`.
-
-    Args:
-      run: its folder.
-      params: of the network, with shapes.
-      key: config key that names the run, for the error.
-      fresh: what may be missing there, surplus or of another shape; by default heads. If heads may, a multiplexed network may start
-        from a plain one.
-
-    Returns:
-      The shapes of all parameters there, by path; and the paths that both networks share.
-
-    Raises:
-      InputError: there is no checkpoint, or other leaves are missing, surplus or misshapen; all of them are listed.
-    """
-    with contextlib.closing(run_checkpoints(run)) as source:
-        theirs = source.param_shapes()
-    ours = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
-    shared = {path for path in ours if ours[path] == theirs.get(path)}
-    mixed, theirs_mixed = (any(path.startswith(MULTIPLEXING) for path in paths) for paths in (ours, theirs))
-    if fresh and not theirs_mixed:
-        fresh = fresh + MULTIPLEXING
-    if mixed == theirs_mixed and all(any(path.startswith("decoder/") for path in paths) for paths in (ours, theirs)):
-        fresh = tuple(prefix for prefix in fresh if prefix != "decoder/")  # Where both have one, it is the same or a mistake.
-    wrong = {path for path in (ours.keys() | theirs.keys()) - shared if not path.startswith(fresh)}
-    if wrong:
-        missing = sorted(wrong - theirs.keys())
-        surplus = sorted(wrong - ours.keys())
-        misshapen = [
-            f"{path} is {theirs[path]} there and {ours[path]} here" for path in sorted(wrong & ours.keys() & theirs.keys())
-        ]
-        raise InputError(
-            f"{key} = {str(run)!r} does not fit this model. Missing there: {', '.join(missing) or 'nothing'}. Surplus there: "
-            f"{', '.join(surplus) or 'nothing'}. Other shapes: {'; '.join(misshapen) or 'none'}. Use a run with the same num_instances "
-            "and the same model, mux and demux settings."
-        )
-    return theirs, shared
-
-
-def init_from(run: Path, params: Any) -> tuple[Any, str]:
-    """Starts from the parameters of another run.
-
-    Args:
-      run: its folder.
-      params: this run's fresh parameters, sharded.
-
-    Returns:
-      `params`, with every leaf that both share taken from `run`; and what stayed fresh or was not used there, for people.
-
-    Raises:
-      InputError: as `match`.
-    """
-    theirs, shared = match(run, params)
-    ours = _flat(params)
-    wanted = {
-        path: jax.ShapeDtypeStruct(shape, "float32", sharding=ours[path].sharding if path in shared else None)
-        for path, shape in theirs.items()
-    }
-    with contextlib.closing(run_checkpoints(run)) as source:
-        loaded = _flat(source.restore_params(_nested(wanted)))
-    merged = _nested({path: loaded[path] if path in shared else leaf for path, leaf in ours.items()})
-    notes = (("fresh", ours), ("not used", theirs))
-    left = [f"; {what}: {', '.join(_groups(set(paths) - shared))}" for what, paths in notes if set(paths) - shared]
-    return merged, "".join(left)
-
-
-def _groups(paths: set[str]) -> list[str]:
-    """The first two levels of parameter paths: `demux/keys`, `classifier/out`."""
-    return sorted({"/".join(path.split("/")[:2]) for path in paths})
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")
-
-
-def _nested(flat: Mapping[str, Any]) -> Any:
-    return flax.traverse_util.unflatten_dict(flat, sep="/")

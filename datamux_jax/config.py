@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from datamux_jax.backbones.encoder import REMAT
 from datamux_jax.demux import DEMUX, RSA_FORMS
 from datamux_jax.errors import InputError, choose
 from datamux_jax.families import FAMILIES
 from datamux_jax.model import POOLS
 from datamux_jax.mux import MUX
 from datamux_jax.objectives import OBJECTIVES
-from datamux_jax.optimizer import SCHEDULES
+from datamux_jax.optimizer import SCHEDULES, UPDATE_RULES
 
 DTYPES = ("float32", "bfloat16")
 GENERATORS = ("uniform", "plain", "muxed")
@@ -34,6 +35,8 @@ def validate(config: Any) -> None:
         (GENERATORS, "generator.kind"),
         (OBJECTIVES, "objective"),
         (SCHEDULES, "optimizer.schedule"),
+        (UPDATE_RULES, "optimizer.update_rule"),
+        (REMAT, "remat"),
         (POOLS, "model.pool"),
         (DTYPES, "dtype"),
     ):
@@ -83,7 +86,7 @@ def validate(config: Any) -> None:
 
 
 POSITIVE = (
-    *("num_instances", "batch_groups", "steps", "log_every", "retrieval_percentage"),
+    *("num_instances", "batch_groups", "accumulation", "steps", "log_every", "retrieval_percentage"),
     *("checkpoint.every", "checkpoint.keep", "eval.groupings", "eval.batch_groups", "benchmark.windows", "benchmark.seconds"),
     *("model.hidden_size", "model.num_layers", "model.num_heads", "model.mlp_dim", "model.layer_norm_eps", "demux.num_layers"),
     *("optimizer.learning_rate", "optimizer.eps"),
@@ -93,6 +96,7 @@ NOT_NEGATIVE = (
     *("seed", "data.length", "mux.norm", "retrieval_loss_coeff", "task_loss_coeff"),
     *("model.embedding_size", "model.init_stddev", "model.type_vocab_size", "model.max_positions"),
     *("mux.epsilon", "generator.embedding_size", "generator_loss_coeff", "discriminator_loss_coeff"),
+    *("checkpoint.keep_best", "eval.every", "eval.examples", "data.validation_share"),
     *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.grad_clip"),
 )
 BELOW_ONE = ("model.dropout_rate", "model.attention_dropout_rate", "optimizer.b1", "optimizer.b2", "mask_rate")

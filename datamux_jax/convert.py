@@ -13,13 +13,15 @@ import ml_collections
 import numpy as np
 
 from datamux_jax import checkpoint, hf, hf_config, sharding, workdir
-from datamux_jax.build import build_generator, count_params, init_params
+from datamux_jax.build import HEADS, build_generator, count_params, init_params
 from datamux_jax.config import validate
+from datamux_jax.data import tokenizers
 from datamux_jax.data.pipeline import Format
+from datamux_jax.data.tokenizers import Tokenizer
 from datamux_jax.errors import InputError
 from datamux_jax.families import FAMILIES, published_tokens
 from datamux_jax.runs import load_run
-from datamux_jax.train import FORMAT, build_model
+from datamux_jax.train import build_model
 
 SOURCE = "source.json"
 TOKENIZER = "tokenizer"
@@ -47,9 +49,8 @@ def find_source(name: str, revision: str = "") -> Path:
         ) from error
     try:
         if not re.fullmatch(r"[0-9a-f]{40}", revision):
-            current = huggingface_hub.HfApi().model_info(name).sha
             raise InputError(
-                f"--source={name} is downloaded at one commit only, so that it stays the same. Today's is --revision={current}."
+                f"--source={name} is downloaded at one commit only, so that it stays the same. {_current_revision(name)}"
             )
         patterns = [*hf.WEIGHTS, "config.json", *hf.TOKENIZER_FILES]
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -60,6 +61,16 @@ def find_source(name: str, revision: str = "") -> Path:
             f"--source={name} is no folder here, and the Hugging Face hub does not give it: {type(error).__name__}. Check the name, "
             "--revision and the network, or download the folder elsewhere and name it."
         ) from error
+
+
+def _current_revision(name: str) -> str:
+    """How to name a commit of a repository on the hub, with today's if the hub says so."""
+    import huggingface_hub
+
+    try:
+        return f"Today's is --revision={huggingface_hub.HfApi().model_info(name).sha}."
+    except Exception:  # The hub client raises errors of the libraries below it.
+        return "Pass it as --revision=, 40 hexadecimal digits; the hub shows it under Files and versions."
 
 
 def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, objective: str = "") -> str:
@@ -81,9 +92,9 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
     published = hf.read_json(path)
     config = hf_config.to_config(published, str(path), base, objective=objective)
     validate(config)
-    if checkpoint.newest_step(run) is not None:
+    if checkpoint.newest_step(run) is not None or (run / workdir.CONFIG).exists():
         raise InputError(f"--workdir={run} holds a run already. Choose a new folder; nothing was changed.")
-    fmt = _format(config, published)
+    fmt = _format(config, published, _tokenizer(source, config, published))
     model = build_model(config, fmt)
     generator = build_generator(config, model)
 
@@ -92,14 +103,23 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
         return sharding.unbox(init_params(model, key, shape, fmt.input_dtype, generator))
 
     fresh = jax.device_get(jax.jit(make)(jax.random.key(config.seed)))
-    plain_encoder = config.mux.name == "none" and config.objective == "retrieval"
-    may_lack = (*(("classifier/", "replaced_head/") if objective else ()), *(("decoder/",) if plain_encoder else ()))
+    # A plain encoder need not have a vocabulary head; a class that was trained with one must.
+    trained_for = hf_config.class_objective(published, config.model.family)
+    headless = config.mux.name == "none" and (config.objective == "retrieval" or (objective == "mlm" and trained_for != "mlm"))
+    may_lack = (*(("classifier/", "replaced_head/") if objective else ()), *(("decoder/",) if headless else ()))
+    state = hf.read_state(source)
+    dropped: list[str] = []
+    if objective and trained_for and HEADS[trained_for] != HEADS[objective]:
+        # Heads of two tasks can have the same names and shapes.
+        dropped = sorted(key for key in state if hf.TASK_HEADS.search(key))
+        state = {key: value for key, value in state.items() if key not in dropped}
     params, stayed, left_out = hf.import_state(
-        hf.read_state(source), config, fresh, str(source), may_lack=may_lack, other_heads=bool(objective)
+        state, config, fresh, str(source), may_lack=may_lack, other_heads=bool(objective)
     )
+    left_out = sorted([*dropped, *left_out])
     workdir.claim(run, config, needed_bytes=4 * count_params(params) + 20_000_000)
     with workdir.lock(run):
-        workdir.write_json(run / FORMAT, fmt.to_json())
+        fmt.save(run)
         workdir.write_json(run / SOURCE, {"source": str(source), "fresh": stayed, "left_out": left_out, "config": published})
         copy_files(source, run / TOKENIZER)
         with contextlib.closing(checkpoint.Checkpoints(run)) as saves:
@@ -112,19 +132,40 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
     return f"{source}: {config.model.family}, {kind}, objective {config.objective}, {size} -> {run}.{notes}"
 
 
-def _format(config: Any, published: dict[str, Any]) -> Format:
+def _format(config: Any, published: dict[str, Any], tokenizer: Tokenizer | None = None) -> Format:
     family, n = config.model.family, config.num_instances
     index = config.demux.name == "index"
     vocab_size = int(published.get("vocab_size") or FAMILIES[family].vocab_size)
     tokens = published_tokens(family, vocab_size, n, demux=config.demux.name)
+    if tokenizer and config.mux.name == "none":  # An encoder with a vocabulary of its own has special tokens of its own.
+        tokens = tokenizer.special_tokens(n, family)[0]
     taken = (tokens.pad + 1 if FAMILIES[family].positions_from_pads else 0) + (n + 1 if index else 0)
     return Format(
         label_names=hf_config.label_names(published),
         length=config.model.max_positions - taken,
+        tokenizer=tokenizer,
         vocab_size=vocab_size,
         tokens=tokens,
         token_labels=config.objective == "tagging",
     )
+
+
+def _tokenizer(source: Path, config: Any, published: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer that lies beside a checkpoint, if there is one.
+
+    Raises:
+      InputError: it cannot be read, or has more tokens than the checkpoint.
+    """
+    if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        return None
+    tokenizer = tokenizers.load(source)
+    size = int(published.get("vocab_size") or FAMILIES[config.model.family].vocab_size)
+    if tokenizer.vocab_size > size:
+        raise InputError(
+            f"The tokenizer in {source} has {tokenizer.vocab_size:,} tokens, but config.json says vocab_size = {size:,}. Put the "
+            "tokenizer that belongs to the checkpoint there, or none."
+        )
+    return tokenizer
 
 
 def copy_files(source: Path, target: Path) -> None:

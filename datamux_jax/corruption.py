@@ -1,8 +1,13 @@
-"""What turns a batch of tokens into a training signal: pure functions of a random key."""
+"""What turns a batch of tokens into a training signal: pure functions of random keys.
+
+Every group draws from a key of its own, `keys_B`. What is drawn for a group therefore depends neither on how a batch is split into
+micro-batches nor on the mesh.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +16,38 @@ from datamux_jax.families import SpecialTokens
 from datamux_jax.layers import Array
 
 
-def draw_instances(key: Array, groups: int, length: int, instances: int) -> Array:
+def group_keys(key: Array, groups: int) -> Array:
+    """One key a group, `[B]`, from a single key; keys of groups pass unchanged."""
+    return key if key.ndim else jax.random.split(key, groups)
+
+
+def split(keys_B: Array, count: int) -> Array:
+    """`count` new keys for every group: `[count, B]`."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys_B)
+
+
+def draw(keys_B: Array, sample: Callable[[Array, tuple[int, ...]], Array], shape: tuple[int, ...]) -> Array:
+    """`sample(key, shape)` for every group: `[B, *shape]`."""
+    return jax.vmap(lambda key: sample(key, shape))(keys_B)
+
+
+def draw_instances(keys_B: Array, length: int, instances: int) -> Array:
     """For every position of every mixed row one instance, uniform in `0 .. N-1`: `[B, L]`."""
-    return jax.random.randint(key, (groups, length), 0, instances)
+    return draw(keys_B, lambda key, shape: jax.random.randint(key, shape, 0, instances), (length,))
+
+
+def draw_tokens(keys_B: Array, tokens_BxNxL: Array, vocab_size: int) -> Array:
+    """A random token, uniform in the vocabulary, for every one of the given: `[B, N, L]`."""
+
+    def sample(key: Array, shape: tuple[int, ...]) -> Array:
+        return jax.random.randint(key, shape, 0, vocab_size, tokens_BxNxL.dtype)
+
+    return draw(keys_B, sample, tokens_BxNxL.shape[1:])
+
+
+def flips(keys_B: Array, rate: float, shape: tuple[int, ...]) -> Array:
+    """True with probability `rate`, independently: boolean `[B, *shape]`."""
+    return draw(keys_B, lambda key, shape: jax.random.bernoulli(key, rate, shape), shape)
 
 
 def retrieval_targets(tokens_BxNxL: Array, instance_BxL: Array, *, pad: int | None = None) -> tuple[Array, Array]:
@@ -32,13 +66,13 @@ def retrieval_targets(tokens_BxNxL: Array, instance_BxL: Array, *, pad: int | No
     return target, counts.astype(jnp.float32)
 
 
-def choose_tokens(key: Array, tokens_BxNxL: Array, special: SpecialTokens, rate: float) -> Array:
+def choose_tokens(keys_B: Array, tokens_BxNxL: Array, special: SpecialTokens, rate: float) -> Array:
     """Which tokens MLM and ELECTRA ask for: each that is no special token, with probability `rate`; boolean `[B, N, L]`.
 
     An instance and a group have at most `capacity` of them; of those that are drawn beyond, the last ones are let go.
     """
     ordinary = (tokens_BxNxL != special.pad) & (tokens_BxNxL != special.cls) & (tokens_BxNxL != special.sep)
-    chosen = jax.random.bernoulli(key, rate, tokens_BxNxL.shape) & ordinary
+    chosen = flips(keys_B, rate, tokens_BxNxL.shape[1:]) & ordinary
     groups, instances, length = tokens_BxNxL.shape
     chosen &= jnp.cumsum(chosen, axis=2) <= capacity(length, rate)
     so_far = jnp.cumsum(chosen.reshape(groups, -1), axis=1).reshape(chosen.shape)
@@ -68,34 +102,36 @@ def gather_chosen(chosen_BxNxL: Array, room: int) -> tuple[Array, Array, Array]:
     return index // length, index % length, present
 
 
-def mask_for_mlm(key: Array, tokens_BxNxL: Array, special: SpecialTokens, vocab_size: int, rate: float) -> tuple[Array, Array]:
+def mask_for_mlm(
+    keys_B: Array, tokens_BxNxL: Array, special: SpecialTokens, vocab_size: int, rate: float
+) -> tuple[Array, Array]:
     """BERT's masking: of the chosen tokens 80% become [MASK], 10% a random token, 10% stay.
 
     Returns:
       The masked tokens, and which were chosen, both `[B, N, L]`.
     """
-    choice_key, kind_key, token_key = jax.random.split(key, 3)
-    chosen = choose_tokens(choice_key, tokens_BxNxL, special, rate)
-    kind = jax.random.uniform(kind_key, tokens_BxNxL.shape)
-    random = jax.random.randint(token_key, tokens_BxNxL.shape, 0, vocab_size, tokens_BxNxL.dtype)
+    choice_keys, kind_keys, token_keys = split(keys_B, 3)
+    chosen = choose_tokens(choice_keys, tokens_BxNxL, special, rate)
+    kind = draw(kind_keys, jax.random.uniform, tokens_BxNxL.shape[1:])
+    random = draw_tokens(token_keys, tokens_BxNxL, vocab_size)
     put = jnp.where(kind < 0.8, special.mask, jnp.where(kind < 0.9, random, tokens_BxNxL))
     return jnp.where(chosen, put, tokens_BxNxL).astype(tokens_BxNxL.dtype), chosen
 
 
 def mask_for_electra(
-    key: Array, tokens_BxNxL: Array, special: SpecialTokens, rate: float, share: float = 0.85
+    keys_B: Array, tokens_BxNxL: Array, special: SpecialTokens, rate: float, share: float = 0.85
 ) -> tuple[Array, Array]:
     """MUX-ELECTRA's masking: a `share` of the chosen tokens become [MASK], the others stay, but count for the generator.
 
     Returns:
       The masked tokens, and which were chosen, both `[B, N, L]`.
     """
-    choice_key, kind_key = jax.random.split(key)
-    chosen = choose_tokens(choice_key, tokens_BxNxL, special, rate)
-    masked = chosen & jax.random.bernoulli(kind_key, share, tokens_BxNxL.shape)
+    choice_keys, kind_keys = split(keys_B, 2)
+    chosen = choose_tokens(choice_keys, tokens_BxNxL, special, rate)
+    masked = chosen & flips(kind_keys, share, tokens_BxNxL.shape[1:])
     return jnp.where(masked, special.mask, tokens_BxNxL).astype(tokens_BxNxL.dtype), chosen
 
 
-def sample_tokens(key: Array, logits: Array) -> Array:
-    """One token from each row of logits, `[..., V] -> [...]`: the largest after Gumbel noise (temperature 1). No gradient."""
-    return jax.random.categorical(key, jax.lax.stop_gradient(logits))
+def sample_tokens(keys_B: Array, logits_BxPxV: Array) -> Array:
+    """One token from each row of logits, `[B, P]`: the largest after Gumbel noise (temperature 1). No gradient."""
+    return jax.vmap(jax.random.categorical)(keys_B, jax.lax.stop_gradient(logits_BxPxV))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from datamux_jax.families import SpecialTokens
 from datamux_jax.layers import Array, Spec, dense, gelu, layer_norm, parameter
+from datamux_jax.sharding import constrain
 
 Select = tuple[Array, Array]
 
@@ -83,7 +84,7 @@ class Demultiplexer(nn.Module):
         Returns:
           `[B, N, L, D]`, or `[B, P, D]` for selected pairs.
         """
-        return self.unmix(h_BxLxD, select, h_BxLxD if row is None else row, stack, train)
+        return constrain(self.unmix(constrain(h_BxLxD), select, h_BxLxD if row is None else row, stack, train))
 
     def unmix(self, h_BxLxD: Array, select: Select | None, row: Array, stack: str, train: bool) -> Array:
         """What a demultiplexer computes; arguments and result as for `__call__`, with `row` always given."""

@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class Unavailable(Exception):
+    """Something outside that is needed (another host) does not answer; the same command may work later."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop; everything up to this moment is saved."""
 

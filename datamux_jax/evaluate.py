@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from datamux_jax import checkpoint, losses, metrics, sharding, workdir
+from datamux_jax import checkpoint, distributed, metrics, scoring, workdir
 from datamux_jax.build import build_generator
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
-from datamux_jax.model import call
-from datamux_jax.objectives import OBJECTIVES
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run, load_run
-
-
-def evaluation_step(run: Run) -> Callable[[Any, Any, jax.Array], Any]:
-    """The jitted function `(params, batch, key) -> sums` of what this run was trained for.
-
-    Pre-training is scored as it is trained, on what `key` draws; everything else is scored on every token and draws nothing.
-    """
-    config, model = run.config, run.model
-    if config.objective in ("mlm", "electra"):
-        objective = OBJECTIVES[config.objective](model, config, build_generator(config, model))
-        return jax.jit(lambda params, batch, key: objective(params, batch, {"corruption": key}, False)[1])
-    retrieve = config.objective == "retrieval" or config.retrieval_loss_coeff > 0
-
-    def step(params: Any, batch: Any, key: jax.Array) -> Any:
-        del key
-        h = call(model, params, "encode", batch["inputs"], batch["mask"])
-        sums: dict[str, Any] = {}
-        if config.objective in losses.TASK_LOSSES:
-            sums |= losses.TASK_LOSSES[config.objective](model, params, h, batch, {}, False)[1]
-        if retrieve:
-            sums |= losses.every_retrieval(model, params, h, batch)
-        return sums
-
-    return jax.jit(step)
 
 
 def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -> dict[str, Any]:
@@ -63,26 +35,21 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
     """
     if groupings < 1:
         raise InputError(f"--groupings={groupings} leaves nothing to measure. Ask for at least 1.")
-    fmt, splits = pipeline.load(run.config)
+    config = run.config
+    fmt = pipeline.format_of(config, run.path)
     if fmt != run.format:
         raise InputError(
-            f"{run.path} does not read what its data source {run.config.data.source!r} gives: it was converted from a checkpoint, "
+            f"{run.path} does not read what its data source {config.data.source!r} gives: it was converted from a checkpoint, "
             "or trained with other versions of the data. Evaluate a run that was trained on that source."
         )
-    arrays = splits[choose(splits, split, "The split")]
-    step = evaluation_step(run)
-    groups = -(-run.config.eval.batch_groups // run.mesh.size) * run.mesh.size
+    splits = pipeline.splits_of(config, fmt)
+    arrays = scoring.first_examples(splits[choose(splits, split, "The split")], config.eval.examples)
+    step = scoring.scoring_step(config, run.model, build_generator(config, run.model))
     per_grouping = []
     progress = Progress(label, groupings)
     for seed in range(groupings):
-        batches = pipeline.eval_batches(arrays, groups=groups, instances=run.config.num_instances, seed=seed)
-        shifts = run.config.num_instances if run.config.eval.every_slot else 1
-        rolled = ({k: np.roll(v, shift, axis=1) for k, v in batch.items()} for _, batch in batches for shift in range(shifts))
-        parts = [
-            step(run.params, sharding.put_batch(batch, run.mesh), jax.random.fold_in(jax.random.key(seed), number))
-            for number, batch in enumerate(rolled)
-        ]
-        per_grouping.append(metrics.merge(jax.device_get(parts)))
+        sums = scoring.score(step, run.params, arrays, config, run.mesh, seed=seed, every_slot=config.eval.every_slot)
+        per_grouping.append(sums)
         progress.update(seed + 1)
     progress.close()
     scores = [metrics.means(sums) for sums in per_grouping]
@@ -92,7 +59,7 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
             result[f"{name}_std"] = float(np.std([score[name] for score in scores]))
     return {
         "split": split,
-        "examples": len(arrays["mask"]),
+        "examples": len(arrays["inputs"]),
         "groupings": groupings,
         "every_slot": run.config.eval.every_slot,
         "step": run.step,
@@ -117,8 +84,8 @@ def evaluate_run(path: Path, *, split: str = "", groupings: int = 0, label: str 
     file = path / f"eval{suffix(config, split, groupings)}.json"
     if file.exists():
         old = workdir.read_json(file)
-        if old.get("step") == checkpoint.newest_step(path):
+        if old.get("step") == checkpoint.chosen_step(path, config):
             return old
     result = evaluate(load_run(path), split=split, groupings=groupings, label=label)
-    workdir.write_json(file, result)
+    distributed.on_primary(lambda: workdir.write_json(file, result))
     return result

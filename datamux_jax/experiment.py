@@ -7,17 +7,21 @@ that is finished stays finished: the same command after an interruption goes on 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
-from datamux_jax import checkpoint, report, workdir
+from datamux_jax import checkpoint, distributed, report, start, workdir
 from datamux_jax.baselines import BASELINES
 from datamux_jax.benchmark import throughput
 from datamux_jax.checkpoint import newest_step
+from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
 from datamux_jax.evaluate import evaluate_run, suffix
@@ -81,13 +85,19 @@ def set_key(config: ml_collections.ConfigDict, key: str, value: Any, where: str)
         ) from error
 
 
-def run(config: ml_collections.ConfigDict, folder: str | Path, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def run(
+    config: ml_collections.ConfigDict,
+    folder: str | Path,
+    flags: Mapping[str, Any] | None = None,
+    profile: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """Trains and evaluates all runs of `config` below `folder`, measures throughput, writes and prints the report.
 
     Args:
       config: complete config.
       folder: the workdir; for an experiment, each run's folder lies below.
       flags: dotted config keys given on the command line.
+      profile: first and last step of a profiler trace of every run.
 
     Returns:
       The report's contents.
@@ -99,20 +109,31 @@ def run(config: ml_collections.ConfigDict, folder: str | Path, flags: Mapping[st
     folder = Path(folder)
     runs = expand(config, flags)
     todo = {name: one for name, one in runs.items() if newest_step(folder / name) != one.steps}
-    needed = sum(prepare(one).needed_bytes for one in todo.values())
+    for one in runs.values():
+        validate(one)  # Of all runs, before the data of the first are read.
+    needed = 0
+    ours = {Path(os.path.normpath(folder / name)) for name in runs}
+    for name, one in todo.items():
+        plan = distributed.primary_first(functools.partial(prepare, one, folder / name))
+        there = 0 if newest_step(folder / name) is None else checkpoint.used_bytes(folder / name)
+        needed += max(plan.needed_bytes - there, 0)
+        # A run that starts from an earlier one of this experiment is checked when its turn comes.
+        waits = one.init_from and Path(os.path.normpath(folder / name / one.init_from)) in ours
+        if newest_step(folder / name) is None and not waits:
+            distributed.together(functools.partial(start.check, one, folder / name, plan.abstract))
     if config.baseline:
         choose(BASELINES, config.baseline, "The config value baseline =")
         for one in runs.values():
-            if not pipeline.load(one)[0].vocab_size:
+            if not pipeline.format_of(one).vocab_size:
                 raise InputError(
                     f"baseline = {config.baseline!r} reads texts, but data.source = {one.data.source!r} has none. Drop it."
                 )
     with contextlib.ExitStack() as stack:
         if config.runs:
-            workdir.claim(folder, config, needed_bytes=needed)
-            stack.enter_context(workdir.lock(folder))
+            distributed.on_primary(lambda: workdir.claim(folder, config, needed_bytes=needed))
+            distributed.on_primary(lambda: stack.enter_context(workdir.lock(folder)))
         for name, one in runs.items():
-            train(one, folder / name, label=name or "train")
+            train(one, folder / name, label=name or "train", profile=profile)
             evaluate_run(folder / name, label=f"{name} evaluate".strip())
         return compare(folder)
 
@@ -139,7 +160,13 @@ def compare(folder: Path, *, split: str = "", groupings: int = 0) -> dict[str, A
     contents = {"throughput": measured["throughput"]}
     if config.baseline:
         contents["baseline"] = _baseline(folder, config, configs, measured, split)
-    return report.write(folder, config, scores, contents, configs, suffix(config, split, groupings))
+    result: dict[str, Any] = {}
+
+    def write() -> None:
+        result.update(report.write(folder, config, scores, contents, configs, suffix(config, split, groupings)))
+
+    distributed.on_primary(write)
+    return result
 
 
 def _measured(folder: Path, config: Any, configs: Mapping[str, Any], steps: Mapping[str, int]) -> dict[str, Any]:
@@ -150,9 +177,11 @@ def _measured(folder: Path, config: Any, configs: Mapping[str, Any], steps: Mapp
         if old.get("steps") == steps:
             return old
     classifiers = {name: load_run(folder / name) for name, one in configs.items() if one.objective == "classification"}
-    speed = throughput(classifiers, windows=config.benchmark.windows, seconds=config.benchmark.seconds)
+    # Throughput is that of one process; several would measure how they wait for each other.
+    alone = jax.process_count() == 1
+    speed = throughput(classifiers if alone else {}, windows=config.benchmark.windows, seconds=config.benchmark.seconds)
     measured = {"steps": dict(steps), "throughput": speed, "baseline": {}}
-    workdir.write_json(file, measured)
+    distributed.on_primary(lambda: workdir.write_json(file, measured))
     return measured
 
 
@@ -161,5 +190,5 @@ def _baseline(folder: Path, config: Any, configs: Mapping[str, Any], measured: d
     if split not in measured["baseline"]:
         print(f"baseline  {config.baseline}: fitting", flush=True)
         measured["baseline"][split] = BASELINES[config.baseline](next(iter(configs.values())), split)
-        workdir.write_json(folder / MEASURED, measured)
+        distributed.on_primary(lambda: workdir.write_json(folder / MEASURED, measured))
     return measured["baseline"][split]

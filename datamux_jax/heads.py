@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from datamux_jax.families import HeadForm
 from datamux_jax.layers import Array, Embeddings, Spec, dense, gelu, kernel_init, layer_norm, parameter
+from datamux_jax.sharding import constrain
 
 
 class ClassificationHead(nn.Module):
@@ -84,4 +85,4 @@ class VocabularyHead(nn.Module):
         if self.transform:
             x = self.norm(gelu(self.hidden(x)))
         logits = embeddings.attend(x) if self.tied else x @ self.kernel.astype(x.dtype)
-        return logits.astype(jnp.float32) + self.bias
+        return constrain(logits.astype(jnp.float32) + self.bias, "tensor")

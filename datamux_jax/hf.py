@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
 
 # May stand in a published file although no network here has it: buffers, the pooler, and what a plain encoder was trained with.
 SURPLUS = re.compile(r"(^|\.)(position_ids|token_type_ids)$|(^|\.)pooler\.")
+TASK_HEADS = re.compile(r"^(classifier|discriminator_predictions)\.")
 OTHER_HEADS = re.compile(
     r"^(cls|lm_head|classifier|qa_outputs|discriminator_predictions|generator_predictions|generator_lm_head)\."
 )

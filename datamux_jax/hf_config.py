@@ -92,6 +92,12 @@ def is_multiplexed(published: Mapping[str, Any]) -> bool:
     return "muxing_variant" in published and not any(PLAIN_CLASS.match(name) for name in names)
 
 
+def class_objective(published: Mapping[str, Any], family: str) -> str:
+    """What the class in a published config was trained for; "" for none that is known, such as a plain encoder."""
+    classes = ARCHITECTURES[family, is_multiplexed(published)]
+    return next((classes[name] for name in published.get("architectures") or () if name in classes), "")
+
+
 def to_config(
     published: Mapping[str, Any], where: str, base: ml_collections.ConfigDict, *, objective: str = ""
 ) -> ml_collections.ConfigDict:
@@ -209,7 +215,8 @@ def from_config(config: Any, *, vocab_size: int, positions: int, labels: tuple[s
     problem = _unpublished(config, names)
     if problem:
         raise InputError(
-            f"This network cannot be exported: the published code has {problem}. Its own checkpoint is in the workdir."
+            f"This network cannot be exported: the published code has {problem}. Train with the published settings, for rsa demux.form "
+            f"= {'electra' if m.family == 'electra' else 'bert'!r}; or use the run as it is."
         )
     published: dict[str, Any] = {
         "architectures": names[:1],

@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from datamux_jax.sharding import constrain
+
 Array = jax.Array
 
 
@@ -32,6 +34,8 @@ class Spec:
       layer_norm_eps: of every LayerNorm of the model.
       init_stddev: of dense kernels and embedding tables; 0 means Glorot-normal kernels and 0.02 for tables.
       dtype: of the computation; parameters are always float32.
+      remat: what a block keeps for the backward pass, a key of `backbones.encoder.REMAT`.
+      scan: compile one block and run it `num_layers` times; the parameters are the same.
     """
 
     hidden_size: int
@@ -44,6 +48,8 @@ class Spec:
     layer_norm_eps: float = 1e-12
     init_stddev: float = 0.02
     dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = False
 
     @property
     def width(self) -> int:
@@ -149,11 +155,16 @@ class Embeddings(nn.Module):
 
     def _finish(self, x: Array, positions: Array, train: bool) -> Array:
         added = positions + self.type[0] if self.type_vocab_size else positions
-        return self.dropout(self.norm(x + added.astype(x.dtype)), deterministic=not train)
+        return constrain(self.dropout(self.norm(x + added.astype(x.dtype)), deterministic=not train))
 
     def attend(self, x: Array) -> Array:
         """Logits of the tied decoder (without bias): `[..., E] -> [..., V]`."""
         return self.word.attend(x)
+
+
+def by_heads(x: Array) -> Array:
+    """Keeps `[B, L, heads, head_dim]` split by groups, and heads over `tensor`."""
+    return jnp.swapaxes(constrain(jnp.swapaxes(x, -2, -1), "tensor"), -2, -1)
 
 
 class Attention(nn.Module):
@@ -162,13 +173,13 @@ class Attention(nn.Module):
     spec: Spec
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None, train: bool = False) -> Array:
+    def __call__(self, x: Array, mask: Array | None = None, key: Array | None = None) -> Array:
         """
         Args:
           x: `[..., L, D]`.
           mask: `[..., L]`, true where a position may be attended to; None: everywhere. Where nothing may be attended
             to, attention is uniform, as in the published code (masks add the smallest finite float, not minus infinity).
-          train: draw dropout from the stream `dropout`.
+          key: of the dropout; None: no dropout.
         """
         spec = self.spec
         heads = spec.num_heads
@@ -183,22 +194,23 @@ class Attention(nn.Module):
                 name=name,
             )(x)
 
-        q, k, v = project("query"), project("key"), project("value")
+        q, k, v = (by_heads(project(name)) for name in ("query", "key", "value"))
         allowed = None if mask is None else mask[..., None, None, :].astype(bool)
-        if train and spec.attention_dropout_rate > 0:
+        if key is not None and spec.attention_dropout_rate > 0:
             # The fused attention has no dropout; the published recipes train with it.
             y = nn.dot_product_attention(
                 q,
                 k,
                 v,
                 mask=allowed,
-                dropout_rng=self.make_rng("dropout"),
+                dropout_rng=key,
                 dropout_rate=spec.attention_dropout_rate,
                 broadcast_dropout=False,
                 dtype=q.dtype,
             )
         else:
             y = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+        y = by_heads(y)
         return nn.DenseGeneral(
             spec.hidden_size,
             axis=(-2, -1),
@@ -223,14 +235,25 @@ class Block(nn.Module):
         self.mlp_norm = layer_norm(spec)
         self.dropout = nn.Dropout(spec.dropout_rate)
 
-    def __call__(self, x: Array, mask: Array | None = None, train: bool = False) -> Array:
-        """`[..., L, D] -> [..., L, D]`; `mask` as in `Attention`."""
+    @property
+    def draws(self) -> bool:
+        """Whether training needs a key."""
+        return max(self.spec.dropout_rate, self.spec.attention_dropout_rate) > 0
 
-        def drop(y: Array) -> Array:
-            return self.dropout(y, deterministic=not train)
+    def __call__(self, x: Array, mask: Array | None = None, key: Array | None = None) -> Array:
+        """`[..., L, D] -> [..., L, D]`; `mask` and `key` as in `Attention`.
 
-        x = self.attention_norm(x + drop(self.attention(x, mask, train)))
-        return self.mlp_norm(x + drop(self.mlp_out(gelu(self.mlp_in(x)))))
+        Keys are given, not drawn from a stream, so that a block drops the same numbers whether it is called, scanned or
+        rematerialised.
+        """
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+
+        def drop(y: Array, key: Array | None) -> Array:
+            return self.dropout(y, deterministic=key is None, rng=key)
+
+        x = self.attention_norm(x + drop(constrain(self.attention(x, mask, keys[0])), keys[1]))
+        wide = constrain(gelu(self.mlp_in(constrain(x))), "tensor")
+        return constrain(self.mlp_norm(x + drop(constrain(self.mlp_out(wide)), keys[2])))
 
 
 def masked_mean(x_BxLxD: Array, mask_BxNxL: Array) -> Array:

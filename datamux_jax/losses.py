@@ -1,8 +1,8 @@
-"""Terms of the objectives, on hidden states that exist already: `(loss, sums)`.
+"""Terms of the objectives, on hidden states that exist already: the sums of each.
 
 A batch is a dict of arrays: `inputs` `[B, N, L]` or `[B, N, L, F]`, `mask` `[B, N, L]`, `label` `[B, N]` (tagging: `[B, N, L]`, -100
 where there is none) and `weight` `[B, N]`, which is 0 for rows that only fill up a group. Sums are described in `metrics.py`;
-accuracies have one entry an instance slot.
+accuracies have one entry an instance slot. A term's loss is the mean of its sums, `mean(sums, name)`.
 """
 
 from __future__ import annotations
@@ -23,33 +23,44 @@ Sums = dict[str, tuple[Array, Array]]
 NO_LABEL = -100
 
 
-def weighted_mean(values: Array, weights: Array) -> Array:
-    """Mean of `values` under `weights`; 0 if all weights are 0, so that an empty batch has no gradient."""
-    return (values * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+Totals = Mapping[str, Array]
+
+
+def mean(sums: Sums, name: str, totals: Totals | None = None) -> Array:
+    """The mean that the sums of a term stand for; 0 if nothing has weight, so that an empty batch has no gradient.
+
+    Args:
+      sums: of a batch.
+      name: of the term.
+      totals: weight of every term in the whole batch of which this is one micro-batch. The means of all micro-batches then add up
+        to that of the whole batch.
+    """
+    total, weight = sums[name]
+    return total / jnp.maximum(weight if totals is None else totals[name], 1.0)
 
 
 Drawn = tuple[Array, Array, Array, Array]
 
 
 def draw_retrieval(
-    model: MultiplexedTransformer, key: Array, fed_BxNxL: Array, percentage: float, *, pads_count: bool = False
+    model: MultiplexedTransformer, keys_B: Array, fed_BxNxL: Array, percentage: float, *, pads_count: bool = False
 ) -> Drawn:
     """Draws what token retrieval asks for, see `asked`.
 
     Args:
       model: the network.
-      key: random key.
+      keys_B: random keys of the groups.
       fed_BxNxL: the tokens that it was fed (`MultiplexedTransformer.feed`).
       percentage: share of the positions that carry a loss, each kept independently.
       pads_count: padding is asked for too, as published pre-training does.
     """
-    instance_key, keep_key = jax.random.split(key)
-    groups, instances, length = fed_BxNxL.shape
-    instance = corruption.draw_instances(instance_key, groups, length, instances)
+    instance_keys, keep_keys = corruption.split(keys_B, 2)
+    _, instances, length = fed_BxNxL.shape
+    instance = corruption.draw_instances(instance_keys, length, instances)
     drawn = asked(model, fed_BxNxL, instance, pads_count=pads_count)
     if percentage == 1.0:
         return drawn
-    weight = drawn[2] * jax.random.bernoulli(keep_key, percentage, drawn[2].shape)
+    weight = drawn[2] * corruption.flips(keep_keys, percentage, drawn[2].shape[1:])
     kept, index = jax.lax.top_k(weight, corruption.capacity(weight.shape[1], percentage))
     instance, target, _, position = (jnp.take_along_axis(x, index, axis=1) for x in drawn)
     return instance, target, kept, position
@@ -75,7 +86,7 @@ def retrieval_loss(
     drawn: Drawn,
     rngs: Mapping[str, Array],
     train: bool,
-) -> tuple[Array, Sums]:
+) -> Sums:
     """Token retrieval on hidden states that exist already: cross-entropy over the vocabulary (DataMUX, section 3.3).
 
     Logits exist at the drawn positions only. Rows that only fill up a group count too, as published.
@@ -87,7 +98,7 @@ def retrieval_loss(
 
 def classification_loss(
     model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
-) -> tuple[Array, Sums]:
+) -> Sums:
     """Cross-entropy of sequence classification, mean over all instances of all groups."""
     logits = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))
     return _cross_entropy(logits, batch["label"], batch["weight"])
@@ -95,21 +106,20 @@ def classification_loss(
 
 def regression_loss(
     model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
-) -> tuple[Array, Sums]:
+) -> Sums:
     """Squared error of one number a sequence, mean over all instances of all groups."""
     outputs = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))[..., 0]
     error = jnp.square(outputs - batch["label"].astype(outputs.dtype))
     weight = batch["weight"]
-    sums = {
+    return {
         "task_loss": ((error * weight).sum(), weight.sum()),
         "squared_error": ((error * weight).sum(0), weight.sum(0)),
     }
-    return weighted_mean(error, weight), sums
 
 
 def tagging_loss(
     model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
-) -> tuple[Array, Sums]:
+) -> Sums:
     """Cross-entropy of token classification, mean over all labelled tokens of all instances."""
     logits = call(model, params, "tag", h_BxLxD, train, rngs=dropout_stream(rngs, 2))
     label = batch["label"][..., : logits.shape[2]]
@@ -119,7 +129,7 @@ def tagging_loss(
 
 def replaced_loss(
     model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
-) -> tuple[Array, Sums]:
+) -> Sums:
     """ELECTRA's discriminator: binary cross-entropy of "replaced" (`label`, `[B, N, L]`), mean over tokens that are no padding."""
     logits = call(model, params, "replaced", h_BxLxD, train, rngs=dropout_stream(rngs, 2))
     length = logits.shape[2]
@@ -127,11 +137,10 @@ def replaced_loss(
     weight = batch["mask"][..., :length] * batch["weight"][..., None]
     loss = optax.sigmoid_binary_cross_entropy(logits, label)
     right = ((logits > 0) == (label > 0)) * weight
-    sums = {
+    return {
         "task_loss": ((loss * weight).sum(), weight.sum()),
         "replaced_accuracy": (right.sum((0, 2)), weight.sum((0, 2))),
     }
-    return weighted_mean(loss, weight), sums
 
 
 def chosen_tokens_loss(
@@ -143,7 +152,7 @@ def chosen_tokens_loss(
     room: int,
     rngs: Mapping[str, Array],
     train: bool,
-) -> tuple[Array, Sums, tuple[Array, Array, Array, Array]]:
+) -> tuple[Sums, tuple[Array, Array, Array, Array]]:
     """MLM: cross-entropy over the vocabulary at the chosen tokens of all instances; logits exist only there.
 
     Args:
@@ -157,7 +166,7 @@ def chosen_tokens_loss(
       train: draw dropout.
 
     Returns:
-      Loss, sums, and `(logits_BxPxV, instance_BxP, position_BxP, weight_BxP)`, positions counted without prefix.
+      Sums, and `(logits_BxPxV, instance_BxP, position_BxP, weight_BxP)`, positions counted without prefix.
     """
     body = h_BxLxD.shape[1] - model.offset  # A cut prefix pushes the last tokens out.
     instance, position, weight = corruption.gather_chosen(chosen_BxNxL[..., :body], min(room, model.num_instances * body))
@@ -165,12 +174,12 @@ def chosen_tokens_loss(
         model, params, "predict_tokens", h_BxLxD, instance, position + model.offset, train, rngs=dropout_stream(rngs, 2)
     )
     target = tokens_BxNxL[jnp.arange(len(instance))[:, None], instance, position]
-    loss, sums = _vocabulary_loss("mlm", model.num_instances, logits, target, instance, weight)
-    return loss, sums, (logits, instance, position, weight)
+    sums = _vocabulary_loss("mlm", model.num_instances, logits, target, instance, weight)
+    return sums, (logits, instance, position, weight)
 
 
 def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch) -> Sums:
-    """Retrieval accuracy over every token of every instance, position 0 excepted (it is the same for all): `[N]` sums.
+    """Retrieval over every token of every instance, position 0 excepted (it is the same for all): loss, and accuracy by instance.
 
     Instances are read one after another, so that one plane of vocabulary logits exists at a time.
     """
@@ -180,11 +189,14 @@ def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, 
     counted = counted.at[..., 0].set(0)
     position = jnp.broadcast_to(jnp.arange(body) + model.offset, (len(tokens), body))
 
-    def one(i: Array) -> tuple[Array, Array]:
+    def one(i: Array) -> tuple[Array, Array, Array]:
         logits = call(model, params, "predict_tokens", h_BxLxD, jnp.full_like(position, i), position)
-        return ((logits.argmax(-1) == tokens[:, i]) * counted[:, i]).sum(), counted[:, i].sum()
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, i])
+        right = logits.argmax(-1) == tokens[:, i]
+        return (loss * counted[:, i]).sum(), (right * counted[:, i]).sum(), counted[:, i].sum()
 
-    return {"retrieval_accuracy": jax.lax.map(one, jnp.arange(tokens.shape[1]))}
+    loss, right, weight = jax.lax.map(one, jnp.arange(tokens.shape[1]))
+    return {"retrieval_loss": (loss.sum(), weight.sum()), "retrieval_accuracy": (right, weight)}
 
 
 # What fine-tuning and evaluation score.
@@ -193,25 +205,23 @@ TASK_LOSSES = {"classification": classification_loss, "regression": regression_l
 
 def _vocabulary_loss(
     name: str, instances: int, logits_BxPxV: Array, target_BxP: Array, instance_BxP: Array, weight_BxP: Array
-) -> tuple[Array, Sums]:
-    """Mean cross-entropy over the vocabulary, and the sums `NAME_loss` and `NAME_accuracy`, the latter by instance."""
+) -> Sums:
+    """Cross-entropy over the vocabulary: the sums `NAME_loss` and `NAME_accuracy`, the latter by instance."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits_BxPxV, target_BxP)
     right = (logits_BxPxV.argmax(-1) == target_BxP) * weight_BxP
     slot = jax.nn.one_hot(instance_BxP, instances)
-    sums = {
+    return {
         f"{name}_loss": ((loss * weight_BxP).sum(), weight_BxP.sum()),
         f"{name}_accuracy": (jnp.einsum("bp,bpn->n", right, slot), jnp.einsum("bp,bpn->n", weight_BxP, slot)),
     }
-    return weighted_mean(loss, weight_BxP), sums
 
 
-def _cross_entropy(logits: Array, label: Array, weight: Array) -> tuple[Array, Sums]:
-    """Mean cross-entropy, and sums with one accuracy an instance, for `[B, N, ..., C]` logits."""
+def _cross_entropy(logits: Array, label: Array, weight: Array) -> Sums:
+    """Cross-entropy: sums with one accuracy an instance, for `[B, N, ..., C]` logits."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     right = (logits.argmax(-1) == label) * weight
     others = tuple(axis for axis in range(weight.ndim) if axis != 1)
-    sums = {"task_loss": ((loss * weight).sum(), weight.sum()), "accuracy": (right.sum(others), weight.sum(others))}
-    return weighted_mean(loss, weight), sums
+    return {"task_loss": ((loss * weight).sum(), weight.sum()), "accuracy": (right.sum(others), weight.sum(others))}
 
 
 def dropout_stream(rngs: Mapping[str, Array], use: int) -> dict[str, Array]:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 Sums = Mapping[str, tuple[Any, Any]]
+Totals = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def merge(parts: Iterable[Sums]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def merge(parts: Iterable[Sums]) -> Totals:
     """Adds up sums; totals are kept in float64, so that a million batches lose nothing."""
-    merged: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    merged: Totals = {}
     for part in parts:
         for name, (total, weight) in part.items():
             pair = (np.asarray(total, np.float64), np.asarray(weight, np.float64))

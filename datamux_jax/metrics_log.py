@@ -1,10 +1,11 @@
-"""The lines of `metrics.jsonl`, and the numbers of the progress line."""
+"""What a run writes down while it trains: lines of `metrics.jsonl`, TensorBoard events, Weights & Biases; and the progress line."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,56 @@ import numpy as np
 from datamux_jax import metrics, optimizer, workdir
 from datamux_jax.errors import InputError
 
+FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
 
 class MetricsLog:
-    """Adds up the sums of steps, and appends their means to a JSONL file every `log_every` steps.
+    """Adds up the sums of steps, and writes their means every `log_every` steps.
 
     A resumed run first drops the lines past its own start: they belong to steps that are done again.
+
+    Args:
+      run: folder of the run.
+      done: steps that were done before.
+      config: of the run.
+      positions: `L`, positions of an instance.
+      peak_share: share of the peak that one update in a second is; None where the peak is not known.
+      write: whether this process writes; the others only check.
     """
 
-    def __init__(self, path: Path, done: int, config: Any) -> None:
-        self._path, self._config = path, config
+    def __init__(
+        self, run: Path, done: int, config: Any, *, positions: int, peak_share: float | None = None, write: bool = True
+    ) -> None:
+        self._path, self._config = run / FILE, config
+        self._positions, self._peak_share, self._write = positions, peak_share, write
         self._parts: list[Any] = []
         self._text = ""
+        self._waited = 0.0
         self._clock, self._since = time.monotonic(), done
         self._rate = optimizer.schedule(config)
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            workdir.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
+        self._boards: list[Any] = []
+        if not write:
+            return
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            workdir.write_text(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
+        if config.tensorboard:
+            self._boards.append(_TensorBoard(run / TENSORBOARD, done))
+        if config.wandb:
+            self._boards.append(_WeightsAndBiases(run, config))
 
     def restart_clock(self, done: int) -> None:
         """Forgets the time up to step `done`: compilation says nothing about the rate."""
-        self._clock, self._since = time.monotonic(), done
+        self._clock, self._since, self._waited = time.monotonic(), done, 0.0
+
+    def paused(self, seconds: float) -> None:
+        """Leaves time out that was not spent on training."""
+        self._clock += seconds
+
+    def waited(self, seconds: float) -> None:
+        """Adds time that the step stood still for data."""
+        self._waited += seconds
 
     def check(self, sums: Any, done: int) -> None:
         """Raises InputError, naming step and term, if a sum is not finite."""
@@ -52,18 +83,87 @@ class MetricsLog:
             now = time.monotonic()
             means = metrics.means(metrics.merge(self._parts))
             seconds = max(now - self._clock, 1e-9)
-            instances = (done - self._since) * self._config.batch_groups * self._config.num_instances
-            line = {
-                "step": done,
-                **means,
-                "learning_rate": float(self._rate(done - 1)),
-                "instances_per_second": instances / seconds,
-            }
-            with self._path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(line) + "\n")
-            self._parts, self._clock, self._since = [], now, done
-            self._text = _summary(means, line["instances_per_second"])
+            updates = done - self._since
+            instances = updates * self._config.batch_groups * self._config.num_instances / seconds
+            line = {**means, "learning_rate": float(self._rate(done - 1))}
+            if updates:  # None if the clock was started again at this very step.
+                line |= {
+                    "instances_per_second": instances,
+                    "tokens_per_second": instances * self._positions,
+                    "data_wait_share": min(self._waited / seconds, 1.0),
+                }
+            if updates and self._peak_share is not None:
+                line["mfu"] = self._peak_share * updates / seconds
+            self.write(done, line)
+            self._parts, self._clock, self._since, self._waited = [], now, done, 0.0
+            self._text = _summary(means, instances)
         return self._text
+
+    def write(self, done: int, line: Mapping[str, Any]) -> None:
+        """Writes numbers that belong to step `done`."""
+        if not self._write:
+            return
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": done, **line}) + "\n")
+        for board in self._boards:
+            board.write(done, _scalars(line))
+
+    def close(self) -> None:
+        for board in self._boards:
+            board.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, done: int) -> None:
+        from tensorboardX import SummaryWriter  # Writes event files without TensorFlow.
+
+        # Events past the start belong to steps that are done again.
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1, flush_secs=30)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, run: Path, config: Any) -> None:
+        import wandb
+
+        # One identity a folder: what is resumed there is resumed on the board.
+        identity = "-".join(run.absolute().parts[-3:]).replace("/", "-")[-128:]
+        self._run = wandb.init(
+            project=config.wandb, id=identity, name=run.name, resume="allow", dir=str(run), config=workdir.plain(config)
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_boards(config: Any) -> None:
+    """Raises InputError if what should be written to is not installed."""
+    if config.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f"wandb = {config.wandb!r} logs to Weights & Biases, which is not installed. pip install 'datamux_jax[wandb]', or "
+                "leave wandb empty."
+            ) from error
+
+
+def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a line, those of slots under names of their own: `accuracy_per_slot/3`."""
+    flat: dict[str, float] = {}
+    for name, value in line.items():
+        pairs = [(f"{name}/{slot}", one) for slot, one in enumerate(value)] if isinstance(value, list) else [(name, value)]
+        flat |= {key: float(one) for key, one in pairs if one is not None}
+    return flat
 
 
 def _step_of(line: str) -> float:
@@ -75,7 +175,8 @@ def _step_of(line: str) -> float:
 
 def _summary(means: dict[str, Any], rate: float) -> str:
     shown = [f"loss {means['loss']:.3f}"]
-    for name, short in (("accuracy", "accuracy"), ("retrieval_accuracy", "retrieval")):
+    names = {"accuracy": "accuracy", "mlm_accuracy": "mlm", "replaced_accuracy": "replaced", "retrieval_accuracy": "retrieval"}
+    for name, short in names.items():
         if means.get(name) is not None:
             shown.append(f"{short} {means[name]:.1%}")
     return "  ".join([*shown, f"{rate:,.0f} instances/s"])

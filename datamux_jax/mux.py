@@ -181,18 +181,19 @@ def mixing_block(mux: Multiplexer) -> Block:
 
 def over_rows(block: Block, x: Array, mask: Array | None, train: bool) -> Array:
     """`block` on every row `[B, J, E]` of `x` `[B, I, J, E]`, the rows mapped over `I`; mask `[B, I, J]` or None."""
+    keys = jax.random.split(block.make_rng("dropout"), x.shape[1]) if train and block.draws else None
 
-    def one(block: Block, x_BxJxE: Array, mask_BxJ: Array | None) -> Array:
-        return block(x_BxJxE, mask_BxJ, train)
+    def one(block: Block, x_BxJxE: Array, mask_BxJ: Array | None, key: Array | None) -> Array:
+        return block(x_BxJxE, mask_BxJ, key)
 
     mapped: Any = nn.vmap(
         one,
         variable_axes={"params": None},
-        split_rngs={"params": False, "dropout": True},
-        in_axes=(1, None if mask is None else 1),
+        split_rngs={"params": False},
+        in_axes=(1, None if mask is None else 1, None if keys is None else 0),
         out_axes=1,
     )
-    return mapped(block, x, mask)
+    return mapped(block, x, mask, keys)
 
 
 class Contextual(Multiplexer):

@@ -1,4 +1,4 @@
-"""The report of an experiment: a table on screen, `report.md`, `report.json`, and `report.png`."""
+"""The report of an experiment: a table on screen, `report.md`, `report.json`, `report.png` and `curves.png`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from datamux_jax import workdir
+from datamux_jax import curves, workdir
 
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 Scores = dict[str, dict[str, Any]]
@@ -17,7 +17,7 @@ Scores = dict[str, dict[str, Any]]
 def write(
     folder: Path, config: Any, scores: Scores, measured: dict[str, Any], configs: dict[str, Any], suffix: str = ""
 ) -> dict[str, Any]:
-    """Writes the three files and prints the table.
+    """Writes the files and prints the table.
 
     Args:
       folder: where to.
@@ -32,7 +32,8 @@ def write(
     """
     contents = {"title": config.title or "Run", "scores": scores, **measured}
     text = markdown(contents, configs)
-    files = [folder / f"report{suffix}{ending}" for ending in (".md", ".json", ".png")]
+    files = [folder / f"report{suffix}{ending}" for ending in (".md", ".json", ".png")] + [folder / "curves.png"]
+    curves.plot(files[3], {name: folder / name for name in configs}, contents["title"])
     workdir.write_text(files[0], text)
     workdir.write_json(files[1], contents)
     if measured["throughput"]:
@@ -45,7 +46,18 @@ def write(
 def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
     """The report as Markdown, readable on a terminal."""
     scores, throughput = contents["scores"], contents["throughput"]
-    header = ["run", "N", "accuracy", "per slot", "token retrieval", "instances/s", "ratio"]
+    header = [
+        "run",
+        "N",
+        "accuracy",
+        "per slot",
+        "MLM loss",
+        "MLM accuracy",
+        "replaced",
+        "token retrieval",
+        "instances/s",
+        "ratio",
+    ]
     rows = []
     for name, score in scores.items():
         speed = throughput.get(name, {})
@@ -55,6 +67,9 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
                 str(score["num_instances"]),
                 _with_std(score, "accuracy"),
                 _slots(score),
+                f"{score['mlm_loss']:.3f}" if score.get("mlm_loss") is not None else "",
+                _with_std(score, "mlm_accuracy"),
+                _with_std(score, "replaced_accuracy"),
                 _with_std(score, "retrieval_accuracy"),
                 f"{speed['instances_per_second']:,.0f}" if speed else "",
                 f"{speed['ratio']:.2f}x" if speed else "",
@@ -64,9 +79,11 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
     first = next(iter(scores.values()))
     lines = [f"# {contents['title']}", "", *_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows]), ""]
     groups = next(iter(configs.values())).eval.batch_groups
+    several = first["groupings"] > 1
     notes = [
-        f"Accuracy on all {first['examples']:,} examples of the {first['split']} split, each in {first['groupings']} random groupings"
-        f"{' and there in every slot' if first['every_slot'] else ''}: mean, and standard deviation over groupings.",
+        f"Measured on {first['examples']:,} examples of the {first['split']} split, each in "
+        f"{first['groupings']} random grouping{'s' if several else ''}{' and there in every slot' if first['every_slot'] else ''}"
+        f"{': mean, and standard deviation over groupings' if several else ''}.",
     ]
     if any(score["num_instances"] > 1 and "accuracy" in score for score in scores.values()):
         notes.append(
@@ -126,7 +143,8 @@ def _with_std(score: dict[str, Any], name: str) -> str:
     if score.get(name) is None:
         return ""
     text = f"{score[name]:.1%}"
-    return f"{text} ± {100 * score[name + '_std']:.1f}" if score["num_instances"] > 1 else text
+    spread = score["num_instances"] > 1 and score["groupings"] > 1
+    return f"{text} ± {100 * score[name + '_std']:.1f}" if spread else text
 
 
 def _slots(score: dict[str, Any]) -> str:

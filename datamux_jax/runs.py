@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from datamux_jax.build import build_generator
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
 from datamux_jax.model import MultiplexedTransformer
-from datamux_jax.train import FORMAT, build_model, state_maker
+from datamux_jax.step import abstract_state, state_maker
+from datamux_jax.train import build_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Run:
 
 
 def load_run(path: str | Path) -> Run:
-    """Loads the newest checkpoint of the run in `path`, sharded over this machine's devices.
+    """Loads the newest checkpoint (the best, if it keeps the best) of the run in `path`, sharded over this machine's devices.
 
     Raises:
       InputError: the folder is not a run, holds an experiment of several runs, or has no checkpoint yet.
@@ -41,15 +43,11 @@ def load_run(path: str | Path) -> Run:
         raise InputError(
             f"{path} is an experiment of several runs. Name one of them: {', '.join(str(path / name) for name in config.runs)}."
         )
-    saved = checkpoint.run_checkpoints(path)
-    fmt = Format.from_json(workdir.read_json(path / FORMAT))
+    fmt = Format.load(path)
     model = build_model(config, fmt)
     # The mesh of the machine that uses a run need not be the one that trained it.
     mesh = sharding.inference_mesh()
     make = state_maker(config, fmt, model, optimizer.make(config), build_generator(config, model))
-    abstract = jax.eval_shape(make, jax.random.key(0)).params
-    placed = sharding.shardings(abstract, mesh)
-    params = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), sharding.unbox(abstract), placed
-    )
-    return Run(path, config, fmt, model, saved.restore_params(params), saved.latest_step or 0, mesh)
+    with contextlib.closing(checkpoint.run_checkpoints(path, config)) as saved:
+        step, params = saved.restore_params(abstract_state(make, mesh).params)
+    return Run(path, config, fmt, model, params, step, mesh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,34 +27,38 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(config: Any, groups: int) -> Mesh:
+def make_mesh(config: Any, groups: int, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh `(data, fsdp, tensor)` of `config.mesh`; -1 for one axis: whatever devices are left.
 
     Args:
       config: a complete config.
-      groups: of one global batch; must divide over `data * fsdp`.
+      groups: of one global batch; must divide over `data * fsdp`, and so must its micro-batches.
+      devices: default: all of this run; a planner passes those of a machine that is not there.
 
     Raises:
       InputError: the axes do not multiply to the number of devices, or `groups` does not divide.
     """
     sizes = {axis: config.mesh[axis] for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
-    devices = jax.device_count()
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(free) == 1 and fixed > 0 and devices % fixed == 0:
-        sizes[free[0]] = devices // fixed
-    if len(free) > 1 or min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != devices:
+    if len(free) == 1 and fixed > 0 and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if len(free) > 1 or min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != count:
         asked = ", ".join(f"mesh.{axis} = {config.mesh[axis]}" for axis in sizes)
         raise InputError(
-            f"{asked} does not cover the {devices} devices of this machine exactly. Choose axes whose product is {devices}; "
+            f"{asked} does not cover the {count} devices of this machine exactly. Choose axes whose product is {count}; "
             "one of them may be -1 and takes what is left."
         )
     shards = sizes["data"] * sizes["fsdp"]
-    if groups % shards:
+    if groups % (shards * config.accumulation):
+        micro = f", in accumulation = {config.accumulation} micro-batches," if config.accumulation > 1 else ""
         raise InputError(
-            f"A batch of {groups} groups does not divide over data x fsdp = {shards} devices. Choose a multiple of {shards}."
+            f"A batch of {groups} groups{micro} does not divide over data x fsdp = {shards} devices. Choose a multiple of "
+            f"{shards * config.accumulation}."
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
 def inference_mesh() -> Mesh:
@@ -61,30 +67,60 @@ def inference_mesh() -> Mesh:
 
 
 def unbox(tree: Any) -> Any:
-    """Takes the logical-axis boxes off a tree's leaves."""
+    """Takes the logical-axis boxes off a parameter tree."""
     return nn.unbox(tree)
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree whose leaves are boxed with logical axis names; unboxed leaves are replicated."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    """Shardings of a (boxed, abstract) tree: `RULES` for what has logical axes, everything else replicated.
+
+    An axis that its mesh axis does not divide is not split (a vocabulary of 50,265 over 8 devices); `not_split` lists them.
+    """
+    asked = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+    def fitting(leaf: Any, where: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(axis if fits else None for axis, fits in _axes(leaf, where))))
+
+    return jax.tree.map(fitting, unbox(boxed), asked)
 
 
-def check_divides(boxed: Any, mesh: Mesh) -> None:
-    """Raises InputError if an axis of the boxed, abstract tree does not divide over the mesh axis that it is split on."""
+def not_split(boxed: Any, mesh: Mesh) -> list[str]:
+    """The parameters of a (boxed, abstract) tree with an axis that the rules would split, but that does not divide."""
+    asked = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    leaves, places = (jax.tree_util.tree_leaves_with_path(tree) for tree in (unbox(boxed), asked))
+    return [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(leaf.shape)} over {axis} = {mesh.shape[axis]}"
+        for (path, leaf), (_, where) in zip(leaves, places, strict=True)
+        for axis, fits in _axes(leaf, where)
+        if not fits
+    ]
 
-    def check(path: Any, leaf: Any, where: NamedSharding) -> None:
-        try:
-            where.shard_shape(leaf.shape)
-        except ValueError as error:
-            sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise InputError(
-                f"The parameter {name} of shape {leaf.shape} does not divide over the mesh "
-                f"({sizes}), which splits it as {where.spec}. Change model sizes, or the mesh."
-            ) from error
 
-    jax.tree_util.tree_map_with_path(check, unbox(boxed), shardings(boxed, mesh))
+def _axes(leaf: Any, where: NamedSharding) -> list[tuple[Any, bool]]:
+    """The mesh axis of each axis of `leaf`, and whether it divides."""
+    return [
+        (axis, axis is None or size % where.mesh.shape[axis] == 0) for size, axis in zip(leaf.shape, where.spec, strict=False)
+    ]
+
+
+def constrain(x: jax.Array, last: str | None = None) -> jax.Array:
+    """Keeps activations where their groups are: `[B, ...]` split by groups and, if `last` is given, the last axis over `tensor`.
+
+    Without it the compiler may move activations to the parameters, which are split over `fsdp` too, instead of parameters to the
+    activations. Does nothing outside of `on_mesh`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    sizes = dict(mesh.shape)
+    groups = BATCH_AXES if x.shape[0] % (sizes["data"] * sizes["fsdp"]) == 0 else None
+    end = last if last and x.shape[-1] % sizes[last] == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(groups, *[None] * (x.ndim - 2), end))
+
+
+def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """While active, what is traced is meant for `mesh`: `constrain` holds."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -92,11 +128,41 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Micro-batches `[k, groups, ...]`: each is split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes a global batch on the mesh from each host's own rows."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+def local_groups(mesh: Mesh, groups: int) -> np.ndarray:
+    """Which of the `groups` of a global batch the devices of this process hold, ascending: the rows that it must read."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((groups,)).values()
+    return np.unique(np.concatenate([np.arange(groups)[index] for index in places]))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, groups: int | None = None) -> dict[str, jax.Array]:
+    """Makes a global batch on the mesh from the rows that this process read.
+
+    Args:
+      batch: arrays `[rows, ...]`, rows as `local_groups` lists them.
+      mesh: the mesh.
+      groups: of the global batch; default: as many as there are rows, for one process.
+    """
+    where = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, where)
+    assert groups is not None, "several processes hold parts of a batch"
+    mine = local_groups(mesh, groups)
+
+    def put(array: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = index[0].indices(groups) if index else (0, groups, 1)
+            first = int(np.searchsorted(mine, start))
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback((groups, *array.shape[1:]), where, piece)
+
+    return {name: put(array) for name, array in batch.items()}

@@ -1,91 +1,39 @@
-"""The trainer: state, step and loop. Warm-up, pre-training and fine-tuning differ in objective and config only."""
+"""The trainer: what a run needs is checked first, then it is trained from wherever it stands.
+
+Warm-up, pre-training and fine-tuning differ in objective and config only.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import optax
 
-from datamux_jax import checkpoint, optimizer, sharding, workdir
-from datamux_jax.build import build, build_generator, init_params
+from datamux_jax import checkpoint, distributed, flops, metrics, optimizer, scoring, sharding, start, workdir
+from datamux_jax.build import build, build_generator
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, Interrupted, choose
-from datamux_jax.metrics_log import MetricsLog
+from datamux_jax.metrics_log import MetricsLog, check_boards
 from datamux_jax.model import MultiplexedTransformer
 from datamux_jax.objectives import OBJECTIVES, Objective
 from datamux_jax.progress import Progress
+from datamux_jax.step import CompiledStep, TrainState, abstract_state, born_sharded, make_step, state_maker
 
-FORMAT = "format.json"
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that a step changes, and the key from which every step's randomness comes."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    key: jax.Array
+PROFILE = "profile"
 
 
 def build_model(config: Any, fmt: pipeline.Format) -> MultiplexedTransformer:
     """The network of `config` for data of the format `fmt`."""
     return build(config, num_classes=len(fmt.label_names), vocab_size=fmt.vocab_size, max_length=fmt.length, tokens=fmt.tokens)
-
-
-def state_maker(
-    config: Any,
-    fmt: pipeline.Format,
-    model: MultiplexedTransformer,
-    tx: Any,
-    generator: MultiplexedTransformer | None = None,
-) -> Callable[[jax.Array], Any]:
-    """A function from a random key to a fresh state, boxed with logical axes; for `eval_shape` and for `jit`."""
-    shape = (1, config.num_instances, *fmt.input_shape)
-
-    def make(key: jax.Array) -> TrainState:
-        init_key, run_key = jax.random.split(key)
-        params = init_params(model, init_key, shape, fmt.input_dtype, generator)
-        return TrainState(jax.numpy.zeros((), "int32"), params, tx.init(params), run_key)
-
-    return make
-
-
-def born_sharded(make: Callable[[jax.Array], Any], seed: int, mesh: jax.sharding.Mesh) -> Any:
-    """Runs `make` so that every leaf comes into being on its own shard: no device ever holds the whole state."""
-    key = jax.random.key(seed)
-    placed = sharding.shardings(jax.eval_shape(make, key), mesh)
-    return jax.jit(lambda k: sharding.unbox(make(k)), out_shardings=placed)(key)
-
-
-def make_step(objective: Objective, tx: Any, state: TrainState, mesh: jax.sharding.Mesh) -> Any:
-    """The jitted training step `(state, batch) -> (state, sums)`; the old state's memory is reused."""
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        key = jax.random.fold_in(state.key, state.step)
-        rngs = {"dropout": jax.random.fold_in(key, 0), "corruption": jax.random.fold_in(key, 1)}
-        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(state.params, batch, rngs, True)
-        sums = {**sums, "gradient_norm": (optax.tree.norm(grads), jax.numpy.ones(()))}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, state.key), sums
-
-    state_sharding = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(
-        step,
-        in_shardings=(state_sharding, sharding.batch_sharding(mesh)),
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,44 +43,103 @@ class Plan:
     config: Any
     mesh: jax.sharding.Mesh
     format: pipeline.Format
-    arrays: pipeline.Arrays
+    splits: dict[str, pipeline.Arrays]
     model: MultiplexedTransformer
     generator: MultiplexedTransformer | None
     tx: Any
     make: Callable[[jax.Array], TrainState]
 
-    @property
+    @functools.cached_property
     def abstract(self) -> TrainState:
-        """Shapes of the state."""
-        return jax.eval_shape(lambda key: sharding.unbox(self.make(key)), jax.random.key(0))
+        """Shapes and shardings of the state."""
+        return abstract_state(self.make, self.mesh)
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.config.objective](self.model, self.config, self.generator)
+
+    @property
+    def arrays(self) -> pipeline.Arrays:
+        """What is trained on."""
+        return self.splits[self.config.data.train_split]
+
+    @property
+    def examples(self) -> pipeline.Arrays:
+        """What is scored during training."""
+        return scoring.first_examples(self.splits[self.config.eval.split], self.config.eval.examples)
+
+    @functools.cached_property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a global batch."""
+        fmt, where = self.format, sharding.batch_sharding(self.mesh)
+        rows = (self.config.batch_groups, self.config.num_instances)
+        numbers = self.config.objective == "regression"
+        shapes = {
+            "inputs": (rows + fmt.input_shape, fmt.input_dtype),
+            "mask": ((*rows, fmt.length), "int32"),
+            "label": ((*rows, fmt.length) if fmt.token_labels else rows, "float32" if numbers else "int32"),
+            "weight": (rows, "float32"),
+        }
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
+
+    def jitted_step(self) -> Any:
+        """The training step, not compiled yet."""
+        return make_step(self.objective, self.tx, self.abstract, self.mesh, self.config.accumulation)
 
     @property
     def needed_bytes(self) -> int:
         """Disk that the run's checkpoints take: those kept and the one being written; and some room for the rest."""
         state = sum(leaf.size * 4 for leaf in jax.tree.leaves(self.abstract))
-        return state * (self.config.checkpoint.keep + 1) + 20_000_000
+        kept = self.config.checkpoint.keep + self.config.checkpoint.keep_best
+        return state * (kept + 1) + 20_000_000
+
+    @property
+    def peak_share(self) -> float | None:
+        """Share of the machine's peak that one update in a second is; None where the peak is not known."""
+        peak = flops.peak(self.mesh.devices.flat[0])
+        if peak is None:
+            return None
+        keys = {name: jax.eval_shape(lambda: jax.random.key(0)) for name in ("dropout", "corruption")}
+        done = flops.training_flops(
+            lambda params, batch, rngs: self.objective(params, batch, rngs, True),
+            *(self.abstract.params, self.batch_shapes, keys),
+        )
+        return done / (peak * self.mesh.size)
 
 
-def prepare(config: Any) -> Plan:
+def prepare(config: Any, run: Path | None = None) -> Plan:
     """Checks the config against itself, the data and this machine.
+
+    Args:
+      config: complete config.
+      run: the folder that it is for; paths in the config may be relative to it.
 
     Raises:
       InputError: something does not fit.
     """
     validate(config)
+    check_boards(config)
     mesh = sharding.make_mesh(config, config.batch_groups)
-    fmt, splits = pipeline.load(config)
+    fmt = pipeline.format_of(config, run)
+    _check_data(config, fmt)
+    plan = assemble(config, fmt, mesh)
+    jax.eval_shape(plan.make, jax.random.key(0))  # Before the data are read: sizes that do not fit show here.
+    splits = pipeline.splits_of(config, fmt)
     for key in ("data.train_split", "eval.split"):
         section, name = key.split(".")
         choose(splits, config[section][name], f"The split {key} =")
-    _check_data(config, fmt)
+    plan = dataclasses.replace(plan, splits=splits)
+    if config.checkpoint.keep_best:
+        _check_best(plan)
+    return plan
+
+
+def assemble(config: Any, fmt: pipeline.Format, mesh: jax.sharding.Mesh) -> Plan:
+    """The network, optimizer and state of a valid config, for data of the format `fmt`, without the data."""
     model = build_model(config, fmt)
     generator = build_generator(config, model)
     tx = optimizer.make(config)
-    make = state_maker(config, fmt, model, tx, generator)
-    plan = Plan(config, mesh, fmt, splits[config.data.train_split], model, generator, tx, make)
-    sharding.check_divides(jax.eval_shape(plan.make, jax.random.key(0)), mesh)
-    return plan
+    return Plan(config, mesh, fmt, {}, model, generator, tx, state_maker(config, fmt, model, tx, generator))
 
 
 def _check_data(config: Any, fmt: pipeline.Format) -> None:
@@ -142,6 +149,11 @@ def _check_data(config: Any, fmt: pipeline.Format) -> None:
         raise InputError(
             f"objective = {config.objective!r} with retrieval_loss_coeff = {config.retrieval_loss_coeff} needs tokens, but the data "
             f"source {config.data.source!r} has feature vectors. Use a text source, or classification without retrieval."
+        )
+    if fmt.corpus and not needs_tokens:
+        raise InputError(
+            f"objective = {config.objective!r} needs labels, but the data source {config.data.source!r} is running text. Use "
+            "'retrieval', 'mlm' or 'electra', or a source with labels."
         )
     if config.objective == "tagging" and not fmt.token_labels:
         raise InputError(
@@ -159,158 +171,205 @@ def _check_data(config: Any, fmt: pipeline.Format) -> None:
         )
 
 
-def train(config: Any, run: Path, *, label: str = "train") -> None:
+def _check_best(plan: Plan) -> None:
+    """Raises InputError if an evaluation has no number of the name that says which checkpoint is best."""
+    config = plan.config
+    if not config.eval.every:
+        raise InputError(
+            f"checkpoint.keep_best = {config.checkpoint.keep_best} needs evaluations during training, but eval.every = 0. Set "
+            "eval.every to a number of steps."
+        )
+    step = scoring.scoring_step(config, plan.model, plan.generator)
+    sums = jax.eval_shape(step, plan.abstract.params, plan.batch_shapes, jax.eval_shape(lambda: jax.random.key(0)))
+    choose(sums, config.checkpoint.best, "The metric checkpoint.best =")
+
+
+def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, int] | None = None) -> None:
     """Trains the run that `config` describes in the folder `run`, from wherever it stands; returns at once if it is done.
 
     Start precedence: the folder's own checkpoint, then `config.resume`, then `config.init_from`, then scratch.
+
+    Args:
+      config: complete config.
+      run: its folder.
+      label: of the progress line.
+      profile: first and last step of a profiler trace, written to the folder `profile`.
 
     Raises:
       InputError: the config, the data, the folder or the run to start from is wrong; nothing has been written then.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    plan = prepare(config)
+    plan = distributed.primary_first(lambda: prepare(config, run))
     done = checkpoint.newest_step(run)
     if done is None:
-        _check_start(plan, run)
-    workdir.claim(run, config, needed_bytes=0 if done == config.steps else plan.needed_bytes)
+        distributed.together(lambda: start.check(config, run, plan.abstract))
+    there = 0 if done is None else checkpoint.used_bytes(run)
+    needed = 0 if done == config.steps else max(plan.needed_bytes - there, 0)
+    distributed.on_primary(lambda: _claim(plan, run, needed))
     if done == config.steps:
         return
-    with workdir.lock(run):
-        workdir.write_json(run / FORMAT, plan.format.to_json())
-        data = pipeline.train_iterator(
+    with contextlib.ExitStack() as stack:
+        distributed.on_primary(lambda: stack.enter_context(workdir.lock(run)))
+        saves = checkpoint.Checkpoints(run, config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.best)
+        stack.enter_context(contextlib.closing(saves))
+        if unsplit := sharding.not_split(jax.eval_shape(plan.make, jax.random.key(0)).params, plan.mesh):
+            print(f"Whole on every device, as sizes do not divide over the mesh: {'; '.join(unsplit)}", flush=True)
+        _Loop(plan, run, saves, profile).run(label)
+
+
+def _claim(plan: Plan, run: Path, needed_bytes: int) -> None:
+    workdir.claim(run, plan.config, needed_bytes=needed_bytes)
+    saved = pipeline.Format.load(run) if plan.format.saved_in(run) else None
+    if saved == plan.format:
+        return
+    if saved is not None:
+        raise InputError(
+            f"--workdir={run} was trained on data that are encoded differently from those that its config names now: the files, the "
+            "tokenizer or a package that ships data have changed. Restore them, or choose another --workdir; nothing was changed."
+        )
+    plan.format.save(run)
+
+
+class _Loop:
+    """One run, from the state that it starts from to its last step."""
+
+    def __init__(self, plan: Plan, run: Path, saves: checkpoint.Checkpoints, profile: tuple[int, int] | None) -> None:
+        config = plan.config
+        self._plan, self._config, self._run, self._saves, self._profile = plan, config, run, saves, profile
+        fresh = born_sharded(plan.make, config.seed, plan.mesh)
+        self._state, position = start.initial_state(config, run, saves, fresh)
+        self._data = pipeline.train_iterator(
             plan.arrays,
             groups=config.batch_groups,
             instances=config.num_instances,
             seed=config.seed,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            mine=sharding.local_groups(plan.mesh, config.batch_groups),
         )
-        with contextlib.closing(checkpoint.Checkpoints(run, config.checkpoint.keep)) as saves:
-            fresh = born_sharded(plan.make, config.seed, plan.mesh)
-            state = initial_state(config, run, saves, fresh, data)
-            step = make_step(OBJECTIVES[config.objective](plan.model, config, plan.generator), plan.tx, state, plan.mesh)
-            _loop(config, run, label, state, step, data, saves, plan.mesh)
-
-
-def _check_start(plan: Plan, run: Path) -> None:
-    """Raises InputError if the run named by `resume` or `init_from` is missing or does not fit, before anything is written."""
-    config = plan.config
-    if config.resume:
-        source = checkpoint.find_run(config.resume, run)
-        checkpoint.check_resumable(source)
-        checkpoint.match(source, plan.abstract.params, "resume", fresh=())
-        at = checkpoint.newest_step(source)
-        if at is not None and at >= config.steps:
-            raise InputError(
-                f"resume = {str(source)!r} stands at step {at}, so nothing is left to do with steps = {config.steps}. Raise steps, or "
-                "use init_from to start another training from its parameters."
-            )
-    elif config.init_from:
-        source = checkpoint.find_run(config.init_from, run)
-        checkpoint.match(source, plan.abstract.params)
-        _check_same_function(config, source)
-
-
-# Parameters of equal shapes mean something else where these differ.
-MEANING = ("model.family", "model.layer_norm_eps", "mux.name", "demux.name", "demux.form")
-
-
-def _check_same_function(config: Any, source: Path) -> None:
-    """Raises InputError if the parameters of the run in `source` would compute something else under `config`."""
-    ours, theirs = (workdir.flatten(workdir.plain(one)) for one in (config, workdir.load_config(source)))
-    from_plain = theirs["mux.name"] == "none"
-    different = [
-        f"{key} = {theirs[key]!r} there, {ours[key]!r} here"
-        for key in MEANING
-        if ours[key] != theirs[key]
-        and not (from_plain and key.startswith(("mux.", "demux.")))
-        and not (key == "demux.form" and ours["demux.name"] != "rsa")
-    ]
-    if different:
-        raise InputError(
-            f"init_from = {str(source)!r} has the right shapes, but would compute something else: {'; '.join(different)}. "
-            "Set these keys as they are there."
+        if position is not None:
+            self._data.set_state(position)
+        self._done = self._saved = int(self._state.step)
+        self._log = MetricsLog(
+            run,
+            self._done,
+            config,
+            positions=plan.format.length,
+            peak_share=plan.peak_share,
+            write=distributed.is_primary(),
         )
+        self._step: CompiledStep | None = None
+        self._tracing = False
+        self._scoring = scoring.scoring_step(config, plan.model, plan.generator)
 
+    def run(self, label: str) -> None:
+        """Trains to the end, or until a signal comes.
 
-def initial_state(config: Any, run: Path, saves: checkpoint.Checkpoints, fresh: TrainState, data: Any) -> TrainState:
-    """Where a run starts: its own newest checkpoint, else `resume` (whole state), else `init_from` (parameters), else fresh."""
-
-    def restored(source: checkpoint.Checkpoints) -> TrainState:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
-        params, rest = source.restore(abstract.params, _rest(abstract), data)
-        return dataclasses.replace(fresh, params=params, **rest)
-
-    if saves.latest_step is not None:
-        return restored(saves)
-    if config.resume:
-        return restored(checkpoint.run_checkpoints(checkpoint.find_run(config.resume, run)))
-    if config.init_from:
-        source = checkpoint.find_run(config.init_from, run)
-        params, left = checkpoint.init_from(source, fresh.params)
-        print(f"{run.name}: starts from {source}{left}", flush=True)
-        return dataclasses.replace(fresh, params=params)
-    return fresh
-
-
-def _rest(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
-
-
-def _loop(
-    config: Any,
-    run: Path,
-    label: str,
-    state: TrainState,
-    step: Any,
-    data: Any,
-    saves: checkpoint.Checkpoints,
-    mesh: jax.sharding.Mesh,
-) -> None:
-    done = int(state.step)
-    saved = done
-    log = MetricsLog(run / "metrics.jsonl", done, config)
-    progress = Progress(label, config.steps, done)
-    pending = None
-    with stop_signals() as stop, contextlib.closing(progress):
-        while done < config.steps and not stop():
-            state, sums = step(state, sharding.put_batch(next(data), mesh))
+        Raises:
+          InputError: training has diverged, or the disk is full.
+          Interrupted: a signal came; the state is saved.
+        """
+        config = self._config
+        progress = Progress(label, config.steps, self._done)
+        with stop_signals() as stop, contextlib.closing(progress), contextlib.closing(self._log):
+            pending = None
+            while self._done < config.steps and not distributed.reached_stop(self._done, stop()):
+                first = self._step is None
+                sums = self._update()
+                if pending is not None:
+                    # One step late: the device already works on the next step while these numbers travel.
+                    progress.update(self._done - 1, self._log.add(self._done - 1, jax.device_get(pending)))
+                if first and self._done < config.steps:
+                    jax.block_until_ready(sums)  # The first step compiles; the clocks start after it.
+                    progress.restart_clock(self._done)
+                    self._log.restart_clock(self._done)
+                pending = sums
+                if self._due(config.eval.every) or (self._done < config.steps and self._due(config.checkpoint.every)):
+                    # A line belongs on the disk before the checkpoint that it leads to; and what diverged is not saved.
+                    progress.update(self._done, self._log.add(self._done, jax.device_get(pending)))
+                    pending = None
+                    self._save()
+            self._end_trace()
             if pending is not None:
-                # One step late: the device already works on the next step while these numbers travel.
-                progress.update(done, log.add(done, jax.device_get(pending)))
-            elif done + 1 < config.steps:
-                jax.block_until_ready(sums)  # The first step compiles; the clock starts after it.
-                progress.restart_clock(done + 1)
-                log.restart_clock(done + 1)
-            pending, done = sums, done + 1
-            if done % config.checkpoint.every == 0 and done < config.steps:
-                log.check(jax.device_get(pending), done)
-                saves.save(done, state.params, _rest(state), data)
-                saved = done
-        if pending is not None:
-            progress.update(done, log.add(done, jax.device_get(pending)))
-    if done > saved:
-        saves.save(done, state.params, _rest(state), data)
-    saves.wait()
-    if done < config.steps:
-        raise Interrupted(f"Stopped at step {done} of {config.steps}; the state is saved. The same command goes on from there.")
+                progress.update(self._done, self._log.add(self._done, jax.device_get(pending)))
+            if self._done > self._saved:
+                self._save()
+            self._saves.wait()
+            stopped = stop()
+        if self._done < config.steps or stopped:
+            raise Interrupted(
+                f"Stopped at step {self._done} of {config.steps}; the state is saved. The same command goes on from there."
+            )
+
+    def _update(self) -> Any:
+        plan = self._plan
+        asked = time.monotonic()
+        rows = next(self._data)
+        self._log.waited(time.monotonic() - asked)
+        batch = sharding.put_batch(rows, plan.mesh, self._config.batch_groups)
+        if self._step is None:
+            self._step = CompiledStep(plan.jitted_step(), self._state, batch)
+        self._trace(starting=True)
+        self._state, sums = self._step(self._state, batch)
+        self._done += 1
+        self._trace(starting=False)
+        return sums
+
+    def _trace(self, starting: bool) -> None:
+        """Starts the profiler's trace before the first step asked for, and ends it after the last one."""
+        first, last = self._profile or (1, 0)
+        if starting and not self._tracing and first <= self._done + 1 <= last:
+            jax.profiler.start_trace(str(self._run / PROFILE))
+            self._tracing = True
+        elif not starting and self._tracing and self._done >= min(last, self._config.steps):
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self._tracing:
+            jax.block_until_ready(self._state)
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and (self._done % every == 0 or self._done == self._config.steps)
+
+    def _save(self) -> None:
+        scores = self._scores() if self._due(self._config.eval.every) else None
+        state = self._state
+        self._saves.save(self._done, state.params, start.rest(state), self._data.get_state(), scores)
+        self._saved = self._done
+
+    def _scores(self) -> dict[str, float]:
+        """Evaluates, and logs what came out; one grouping, the same every time."""
+        plan, config = self._plan, self._config
+        began = time.monotonic()
+        sums = scoring.score(self._scoring, self._state.params, plan.examples, config, plan.mesh, seed=0)
+        scores = metrics.means(sums)
+        self._log.write(self._done, {f"eval_{name}": value for name, value in scores.items()})
+        self._log.paused(time.monotonic() - began)
+        shown = {name: value for name, value in scores.items() if isinstance(value, float)}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        print(f"\nevaluation at step {self._done}: {text}", flush=True)
+        return shown
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """While active, SIGINT and SIGTERM ask for a stop instead of causing one; a second SIGINT does what it always did.
 
-    Outside the main thread (notebook workers, tests) signals are left alone.
+    Outside the main thread (notebook workers, tests) signals are left alone. Among several processes SIGTERM is left to JAX, which
+    tells all of them; SIGINT is passed on as SIGTERM.
     """
     received: list[int] = []
     old: dict[int, Any] = {}
 
     def handler(old: dict[int, Any], number: int, frame: Any) -> None:
         received.append(number)
+        if several and len(received) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         if len(received) > 1 and callable(old[number]):
             old[number](number, frame)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    several = jax.process_count() > 1
+    for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):
             old[number] = signal.signal(number, functools.partial(handler, old))
     try:

@@ -2,7 +2,8 @@
 
     RUN/config.json        the complete config
     RUN/format.json        how inputs become arrays; label names
-    RUN/checkpoints/STEP/  orbax: params, rest (optimizer, step, random key), data (iterator position)
+    RUN/tokenizer/         of texts
+    RUN/checkpoints/STEP/  orbax: params, rest (optimizer, step, random key), run (data position, checksums)
     RUN/metrics.jsonl      one line a logged step
     RUN/eval.json          the last evaluation
 
@@ -28,7 +29,7 @@ CONFIG = "config.json"
 LOCK = ".lock"
 TEMPORARY = ".tmp"
 # May differ between the saved and the given config: they change no number of the run.
-FREE_KEYS = ("log_every", "checkpoint.", "mesh.")
+FREE_KEYS = ("log_every", "tensorboard", "wandb", "checkpoint.", "mesh.", "remat", "scan_layers", "data.cache")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,6 +85,13 @@ def load_config(run: Path) -> ml_collections.ConfigDict:
         problem = f"holds no {CONFIG}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
         raise InputError(f"{run} is not the folder of a run: it {problem}. Pass the --workdir of a training run.")
     return ml_collections.ConfigDict(read_json(run / CONFIG))
+
+
+def find(name: str, workdir: Path) -> Path:
+    """What a config names (`../n2-warmup`): relative to `workdir`, if it is there, else to the current folder."""
+    # Normalised as text: the workdir itself may not exist yet.
+    beside = Path(os.path.normpath(workdir / name))
+    return beside if beside.exists() else Path(name)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

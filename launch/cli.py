@@ -14,11 +14,14 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from datamux_jax.errors import InputError, Interrupted
+from datamux_jax.errors import InputError, Interrupted, Unavailable
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses flags and calls `main`. Bad input ends with one paragraph and exit code 2, an interruption with 130."""
+    """Parses flags and calls `main`. Bad input ends with one paragraph and exit code 2, an interruption with 130.
+
+    What may work when it is tried again (another host does not answer) ends with 1.
+    """
     # Below these levels nothing concerns the person who runs the command.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)
@@ -31,6 +34,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except InputError as error:
             _fail(str(error))
+        except Unavailable as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
         except Interrupted as error:
             print(error, flush=True)
             sys.exit(130)

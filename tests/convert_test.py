@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import common
-from datamux_jax import checkpoint, convert, hf, hf_config, hf_names, sharding
+from datamux_jax import convert, hf, hf_config, hf_names, sharding, start
 from datamux_jax.build import build, init_params
 from datamux_jax.checkpoint import newest_step
 from datamux_jax.errors import InputError
@@ -115,11 +115,12 @@ def golden_folder(tmp_path, name="muxbert_sequence_gaussian_indexpos_n5"):
 
 def test_a_run_is_written_used_and_exported_again(tmp_path):
     source, pair, data = golden_folder(tmp_path)
-    (source / "vocab.txt").write_text("[PAD]\n")
+    (source / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello"]))
     message = convert.import_run(source, tmp_path / "run", common.get_config())
     assert "bert, N = 5, gaussian_hadamard, rsa, objective classification" in message
     run = load_run(tmp_path / "run")
     assert newest_step(tmp_path / "run") == 0
+    assert run.format.tokenizer.decode(run.format.encode(["hello"])["inputs"][0]) == "hello"
     h = call(run.model, run.params, "encode", data["input_ids"].reshape(2, 5, 12), data["attention_mask"].reshape(2, 5, 12))
     logits = call(run.model, run.params, "classify", h, data["attention_mask"].reshape(2, 5, 12))
     np.testing.assert_allclose(np.asarray(logits).reshape(10, 3), data["logits"], atol=1e-5)
@@ -158,7 +159,7 @@ def test_multiplexing_starts_from_a_plain_encoder(tmp_path, family, bare):
     )
     _, _, _, fresh = network(goal)
     on_device = jax.tree.map(jnp.asarray, fresh)
-    mixed, left = checkpoint.init_from(tmp_path / "run", on_device)
+    mixed, left = start.init_from(tmp_path / "run", on_device)
     assert "fresh: " in left
     assert "mux/instance_embedding" in left
     chex.assert_trees_all_equal(mixed["backbone"], params["backbone"])
@@ -371,7 +372,7 @@ def test_the_command(tmp_path):
     done = run_command("convert", f"--workdir={tmp_path / 'run'}", f"--to_hf={tmp_path / 'out'}")
     assert (done.returncode, done.stderr) == (0, "")
     again = run_command("convert", f"--source={source}", f"--workdir={tmp_path / 'out'}")
-    assert_refused(again, "belongs to a run with another config")
+    assert_refused(again, "holds a run already")
     assert_refused(run_command("convert", f"--workdir={tmp_path / 'run'}"), "--source=DIR")
 
 

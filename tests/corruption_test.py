@@ -10,6 +10,7 @@ from datamux_jax.families import SpecialTokens
 
 TOKENS = SpecialTokens(pad=0, cls=1, sep=2, mask=3, mlp_first=1, filler=4, index=9, index_cls=1)
 B, N, L, V = 40, 4, 64, 1000
+KEYS = jax.random.split(jax.random.key(1), B)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def special(tokens):
 
 
 def test_mlm_masks_15_percent_80_10_10(tokens, special):
-    masked, chosen = corruption.mask_for_mlm(jax.random.key(1), tokens, TOKENS, V, 0.15)
+    masked, chosen = corruption.mask_for_mlm(KEYS, tokens, TOKENS, V, 0.15)
     masked, chosen, tokens = map(np.asarray, (masked, chosen, tokens))
     assert not chosen[special].any()
     np.testing.assert_array_equal(masked[~chosen], tokens[~chosen])
@@ -37,7 +38,7 @@ def test_mlm_masks_15_percent_80_10_10(tokens, special):
 
 
 def test_electra_masks_85_percent_of_the_chosen_and_keeps_the_rest(tokens, special):
-    masked, chosen = map(np.asarray, corruption.mask_for_electra(jax.random.key(1), tokens, TOKENS, 0.15))
+    masked, chosen = map(np.asarray, corruption.mask_for_electra(KEYS, tokens, TOKENS, 0.15))
     assert not chosen[special].any()
     np.testing.assert_allclose(chosen[~special].mean(), 0.15, atol=0.01)
     np.testing.assert_allclose((masked[chosen] == TOKENS.mask).mean(), 0.85, atol=0.03)
@@ -46,7 +47,7 @@ def test_electra_masks_85_percent_of_the_chosen_and_keeps_the_rest(tokens, speci
 
 
 def test_no_more_is_chosen_than_there_is_room_for(tokens):
-    chosen = np.asarray(corruption.choose_tokens(jax.random.key(1), jnp.full((B, N, L), 20), TOKENS, 0.15))
+    chosen = np.asarray(corruption.choose_tokens(KEYS, jnp.full((B, N, L), 20), TOKENS, 0.15))
     assert chosen.sum((1, 2)).max() <= corruption.capacity(N * L, 0.15) < N * L
     assert chosen.sum(2).max() <= corruption.capacity(L, 0.15) < L
     assert corruption.capacity(L, 0.99) == L
@@ -64,7 +65,7 @@ def test_chosen_tokens_are_listed_once_each():
 
 def test_sampling_follows_the_logits():
     logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
-    drawn = corruption.sample_tokens(jax.random.key(0), jnp.broadcast_to(logits, (5000, 3)))
+    drawn = np.asarray(corruption.sample_tokens(KEYS, jnp.broadcast_to(logits, (B, 125, 3)))).ravel()
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 5000, [0.1, 0.6, 0.3], atol=0.03)
-    gradient = jax.grad(lambda x: corruption.sample_tokens(jax.random.key(0), x).astype("float32").sum())(logits)
+    gradient = jax.grad(lambda x: corruption.sample_tokens(KEYS[:1], x[None, None]).astype("float32").sum())(logits)
     assert not gradient.any()

@@ -79,7 +79,7 @@ def test_batches_depend_on_the_seed_alone(arrays):
 
 def test_hosts_share_a_batch_without_overlap(arrays):
     whole = take(arrays, 3)
-    halves = [take(arrays, 3, host=host, hosts=2) for host in range(2)]
+    halves = [take(arrays, 3, mine=np.array([host])) for host in range(2)]
     for step in range(3):
         joined = np.concatenate([halves[host][step]["label"] for host in range(2)])
         np.testing.assert_array_equal(joined, whole[step]["label"])

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import sys
+import types
 
 import ml_collections
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from configs import common, langid, quickstart
 from datamux_jax import benchmark, experiment, report
 from datamux_jax.config import validate
+from datamux_jax.data import tfds_text
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import evaluate
 from datamux_jax.runs import load_run
@@ -154,6 +156,17 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(experiment.BASELINES, "char_tfidf", lambda config, split: {"name": "a stand-in", "accuracy": 0.5})
     experiment.run(two_stages(), tmp_path / "watched")
     train(text_config(objective="electra", generator__kind="plain"), tmp_path / "pre-trained")
+    (tmp_path / "book.txt").write_text(
+        "\n\n".join(f"The {number}th paragraph of a book, which is short." for number in range(400))
+    )
+    monkeypatch.setenv("DATAMUX_CACHE", str(tmp_path / "cache"))
+    running = {"data__path": str(tmp_path / "book.txt"), "data__tokenizer": "wordpiece", "data__vocab_size": 60}
+    kept = {"checkpoint__keep_best": 1, "eval__every": 3, "eval__split": "validation", "data__validation_share": 0.1}
+    train(text_config(objective="retrieval", data__source="files", **running, **kept), tmp_path / "files")
+    with pytest.raises(InputError, match=r"data\.text_key"):
+        tfds_text._check_feature(
+            text_config(data__name="wiki", data__text_key="body").data, types.SimpleNamespace(features={}, full_name="wiki")
+        )
 
     def leaves(node):
         for key in node:

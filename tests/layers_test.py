@@ -1,11 +1,15 @@
 """Blocks: attention, embeddings, pooling."""
 
+import dataclasses
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from datamux_jax.backbones.encoder import REMAT, Encoder
 from datamux_jax.layers import Attention, Block, Embeddings, Spec, masked_mean
 
 SPEC = Spec(hidden_size=8, num_layers=1, num_heads=2, mlp_dim=16, init_stddev=0.5)
@@ -50,8 +54,8 @@ def test_attention_without_dropout_draws_equals_the_trained_path(x):
     loud = Attention(Spec(**{**vars(SPEC), "attention_dropout_rate": 1e-12}))
     params = quiet.init(jax.random.key(0), x)
     mask = jnp.array([[1, 1, 1, 0, 0]] * 2)
-    drawn = loud.apply(params, x, mask, True, rngs={"dropout": jax.random.key(0)})
-    np.testing.assert_allclose(quiet.apply(params, x, mask, True), drawn, atol=1e-5)
+    drawn = loud.apply(params, x, mask, jax.random.key(0))
+    np.testing.assert_allclose(quiet.apply(params, x, mask, jax.random.key(0)), drawn, atol=1e-5)
 
 
 def test_block_is_post_layer_norm(x):
@@ -93,3 +97,22 @@ def test_roberta_counts_real_tokens_and_gives_pads_one_position():
     x = jax.random.normal(jax.random.key(1), (1, 6, 8))
     mixed = layer.apply({"params": p}, x, method="refine")
     np.testing.assert_allclose(mixed, absolute.apply({"params": shifted}, x, method="refine"), atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", sorted(REMAT))
+def test_scanning_and_rematerialising_change_no_number(x, scan, remat):
+    spec = dataclasses.replace(SPEC, num_layers=3, dropout_rate=0.2, attention_dropout_rate=0.2)
+    plain, other = Encoder(spec), Encoder(dataclasses.replace(spec, scan=scan, remat=remat))
+    params = plain.init(jax.random.key(0), x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, other.init(jax.random.key(0), x))
+    mask = jnp.array([[1, 1, 1, 0, 0], [1] * 5])
+
+    def loss(encoder):
+        apply = lambda p: jnp.square(encoder.apply(p, x, mask, True, rngs={"dropout": jax.random.key(2)})).mean()  # noqa: E731
+        return jax.jit(jax.value_and_grad(apply))(params)
+
+    chex.assert_trees_all_close(loss(plain), loss(other), atol=1e-6)
+    jaxpr = str(jax.make_jaxpr(lambda p: other.apply(p, x))(params))
+    assert ("scan[" in jaxpr) == scan
+    assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (remat != "none")

@@ -38,12 +38,13 @@ def make(**changes):
     return config, model, params
 
 
+KEYS = jax.random.split(jax.random.key(3), B)
 RNGS = {"corruption": jax.random.key(7), "dropout": jax.random.key(8)}
 
 
 def test_targets_are_the_drawn_instances_tokens(batch):
     _, model, _ = make()
-    instance, target, weight, position = draw_retrieval(model, jax.random.key(3), batch["inputs"], 1.0)
+    instance, target, weight, position = draw_retrieval(model, KEYS, batch["inputs"], 1.0)
     np.testing.assert_array_equal(position, [list(range(L))] * B)
     for b, j in np.ndindex(B, L):
         assert target[b, j] == batch["inputs"][b, instance[b, j], j]
@@ -53,13 +54,13 @@ def test_targets_are_the_drawn_instances_tokens(batch):
 def test_no_position_of_an_index_prefix_is_asked_for(batch):
     _, model, params = make(demux__name="index")
     fed = model.feed(batch["inputs"])
-    instance, target, weight, position = draw_retrieval(model, jax.random.key(3), fed, 1.0)
+    instance, target, weight, position = draw_retrieval(model, KEYS, fed, 1.0)
     np.testing.assert_array_equal(position, [list(range(N + 1, N + 1 + L))] * B)
     for b, j in np.ndindex(B, L):
         assert target[b, j] == batch["inputs"][b, instance[b, j], j]
     h = model.apply({"params": params}, batch["inputs"], batch["mask"], method="encode")
     drawn = (instance, target, weight, position)
-    shapes = str(jax.make_jaxpr(lambda p: retrieval_loss(model, p, h, drawn, {}, False)[0])(params))
+    shapes = str(jax.make_jaxpr(lambda p: retrieval_loss(model, p, h, drawn, {}, False))(params))
     assert f"[{B},{L},{V}]" in shapes
     assert f"[{B},{L + N + 1},{V}]" not in shapes
 
@@ -67,7 +68,7 @@ def test_no_position_of_an_index_prefix_is_asked_for(batch):
 def test_instances_are_drawn_uniformly_and_a_share_of_positions_kept():
     _, model, _ = make()
     tokens = 4 + jnp.arange(64 * 4 * 64).reshape(64, 4, 64) % 16
-    instance, target, weight, position = map(np.asarray, draw_retrieval(model, jax.random.key(0), tokens, 0.25))
+    instance, target, weight, position = map(np.asarray, draw_retrieval(model, jax.random.split(KEYS[0], 64), tokens, 0.25))
     assert instance.shape[1] == corruption.capacity(64, 0.25) < 64
     np.testing.assert_allclose(np.bincount(instance[weight > 0], minlength=4) / weight.sum(), 0.25, atol=0.05)
     np.testing.assert_allclose(weight.sum() / 4096, 0.25, atol=0.03)
@@ -167,7 +168,7 @@ def test_a_uniform_filling_counts_as_replaced_even_where_it_hits_the_original(ba
 
     def spy(model, params, h, batch, rngs, train):
         seen["replaced"] = np.asarray(batch["label"])
-        return jnp.zeros(()), {}
+        return {"task_loss": (jnp.zeros(()), jnp.ones(()))}
 
     encode = type(model).encode
 
@@ -177,14 +178,14 @@ def test_a_uniform_filling_counts_as_replaced_even_where_it_hits_the_original(ba
 
     monkeypatch.setattr(losses, "replaced_loss", spy)
     monkeypatch.setattr(type(model), "encode", watched)
-    masked, _ = corruption.mask_for_electra(jax.random.split(RNGS["corruption"], 3)[0], batch["inputs"], TOKENS, 0.5)
+    keys = corruption.split(corruption.group_keys(RNGS["corruption"], B), 3)[0]
+    masked, _ = corruption.mask_for_electra(keys, batch["inputs"], TOKENS, 0.5)
     OBJECTIVES["electra"](model, config, None)(params, batch, RNGS, False)
     holes = np.asarray(masked) == TOKENS.mask
     np.testing.assert_array_equal(seen["replaced"], holes)
     np.testing.assert_array_equal(seen["inputs"][~holes], np.asarray(batch["inputs"])[~holes])
     assert len(set(seen["inputs"][holes])) > 3
-    hit = jnp.asarray(batch["inputs"])
-    monkeypatch.setattr(jax.random, "randint", lambda key, shape, *args: jnp.broadcast_to(hit, shape))
+    monkeypatch.setattr(corruption, "draw_tokens", lambda keys, tokens, vocab_size: tokens)
     OBJECTIVES["electra"](model, config, None)(params, batch, RNGS, False)
     np.testing.assert_array_equal(seen["replaced"], holes)
 
@@ -211,10 +212,10 @@ def test_a_sample_that_hits_the_original_is_not_replaced(batch, kind, monkeypatc
 
     def spy(model, params, h, batch, rngs, train):
         seen["replaced"] = np.asarray(batch["label"])
-        return jnp.zeros(()), {}
+        return {"task_loss": (jnp.zeros(()), jnp.ones(()))}
 
     monkeypatch.setattr(losses, "replaced_loss", spy)
-    monkeypatch.setattr(corruption, "sample_tokens", lambda key, logits: jnp.full(logits.shape[:-1], 7))
+    monkeypatch.setattr(corruption, "sample_tokens", lambda keys, logits: jnp.full(logits.shape[:-1], 7))
     config, model, generator, params = electra(kind)
     objective = OBJECTIVES["electra"](model, config, generator)
     objective(params, batch, RNGS, False)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from datamux_jax import checkpoint, optimizer, workdir
+from datamux_jax import checkpoint, curves, optimizer, workdir
 from datamux_jax.errors import InputError, Interrupted
 from datamux_jax.metrics_log import MetricsLog
 from datamux_jax.runs import load_run
@@ -39,7 +39,9 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path, capsys):
     assert len(logged[0]["accuracy_per_slot"]) == 2
     assert logged[-1]["learning_rate"] < logged[0]["learning_rate"]
     assert logged[-1]["instances_per_second"] > 0
-    assert {"config.json", "format.json", "metrics.jsonl", "checkpoints"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "format.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
     shown = capsys.readouterr()
     assert "150/150" in shown.out
     assert shown.err == ""
@@ -98,6 +100,53 @@ def test_killed_equals_uninterrupted_bit_for_bit(tmp_path):
     train(config, tmp_path / "killed")
     chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "killed"))
     both = [[(line["step"], line["loss"]) for line in lines(tmp_path / name)] for name in ("whole", "killed")]
+    assert both[0] == both[1]
+
+
+LONG = """
+import sys
+from pathlib import Path
+from absl import logging
+logging.set_verbosity(logging.ERROR)
+from tests.conftest import text_config
+from datamux_jax.errors import Interrupted
+from datamux_jax.train import train
+config = text_config(steps=300, checkpoint__every=7, log_every=1, model__dropout_rate=0.1, retrieval_loss_coeff=0.1)
+try:
+    train(config, Path(sys.argv[1]))
+except Interrupted:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_at_random_steps_equals_uninterrupted_bit_for_bit(tmp_path):
+    """Five times SIGKILL, at random steps and in the middle of a checkpoint, and twice SIGTERM, which repeats no step."""
+
+    def start(folder):
+        return subprocess.Popen(
+            [sys.executable, "-c", LONG, str(folder)], cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL
+        )
+
+    def count():
+        file = tmp_path / "parts" / "metrics.jsonl"
+        return file.read_text().count("\n") if file.exists() else 0
+
+    assert start(tmp_path / "whole").wait() == 0
+    rng = np.random.default_rng(time.time_ns())
+    for kind in rng.permutation(["kill", "kill", "kill", "writing", "writing", "stop", "stop"]):
+        process, goal = start(tmp_path / "parts"), count() + int(rng.integers(5, 40))
+        while process.poll() is None and count() < goal:
+            time.sleep(0.002)
+        while kind == "writing" and process.poll() is None and not any((tmp_path / "parts" / "checkpoints").glob("*tmp*")):
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGTERM if kind == "stop" else signal.SIGKILL)
+        assert process.wait() == (130 if kind == "stop" else -signal.SIGKILL), kind
+        if kind == "stop":
+            assert checkpoint.newest_step(tmp_path / "parts") == count(), "no step is repeated"
+    assert start(tmp_path / "parts").wait() == 0
+    chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
+    both = [[(line["step"], line["loss"]) for line in lines(tmp_path / name)] for name in ("whole", "parts")]
     assert both[0] == both[1]
 
 
@@ -187,7 +236,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
 
 def test_divergence_stops_and_names_the_term(tmp_path):
     config = small_config()
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0, config)
+    log = MetricsLog(tmp_path, 0, config, positions=8)
     with pytest.raises(InputError, match="task_loss is not finite at step 3"):
         log.add(3, {"task_loss": (np.float32("nan"), np.float32(1))})
 
@@ -195,7 +244,7 @@ def test_divergence_stops_and_names_the_term(tmp_path):
 def test_a_resumed_log_drops_lines_past_its_start(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-    MetricsLog(path, 4, small_config())
+    MetricsLog(tmp_path, 4, small_config(), positions=8)
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 
@@ -234,9 +283,44 @@ def test_resume_must_leave_something_to_do_and_fit(tmp_path, digits_run):
 
 
 def test_init_from_nowhere_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is not the folder of a run"):
+    with pytest.raises(InputError, match=r"init_from = 'nowhere' exists neither in"):
         train(small_config(init_from="nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_happens_while_it_trains_is_written_down(tmp_path):
+    config = text_config(steps=8, log_every=4, eval__every=4, eval__examples=60, retrieval_loss_coeff=0.1)
+    train(config, tmp_path, profile=(3, 4))
+    logged = lines(tmp_path)
+    assert [line["step"] for line in logged if "loss" in line] == [4, 8]
+    line = next(line for line in logged if "loss" in line)
+    expected = {"loss", "task_loss", "retrieval_loss", "learning_rate", "gradient_norm", "accuracy", "retrieval_accuracy"}
+    expected |= {"retrieval_accuracy_per_slot", "instances_per_second", "tokens_per_second", "data_wait_share"}
+    assert expected <= set(line)
+    assert 0 <= line["data_wait_share"] <= 1
+    assert [line["step"] for line in logged if "eval_accuracy" in line] == [4, 8]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"retrieval_accuracy_per_slot/1" in events.read_bytes()
+    assert b"eval_accuracy" in events.read_bytes()
+    assert len(line["retrieval_accuracy_per_slot"]) == 2
+
+
+def test_weights_and_biases_must_be_installed_to_be_used(tmp_path):
+    with pytest.raises(InputError, match=r"wandb = 'mine' logs to.*datamux_jax\[wandb\]"):
+        train(small_config(wandb="mine"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_curves_of_training_and_evaluation(tmp_path):
+    config = text_config(steps=4, log_every=1, eval__every=2, eval__examples=60)
+    train(config, tmp_path / "run")
+    assert [step for step, _ in curves.read(tmp_path / "run", "accuracy")] == [1, 2, 3, 4]
+    assert [step for step, _ in curves.read(tmp_path / "run", "eval_accuracy")] == [2, 4]
+    assert curves.read(tmp_path / "nothing", "accuracy") == []
+    assert curves.plot(tmp_path / "curves.png", {"a": tmp_path / "run"}, "title")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert not curves.plot(tmp_path / "none.png", {"a": tmp_path / "nothing"}, "title")
 
 
 def test_retrieval_needs_tokens(tmp_path):

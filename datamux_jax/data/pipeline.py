@@ -1,7 +1,7 @@
 """From examples to batches: `[B, N, ...]` groups, freshly drawn every epoch, in an order that depends on the seed alone.
 
 Batch `k` is a pure function of `(seed, k)`, so a grain iterator's state is one number, and a resumed run sees exactly the
-examples that an uninterrupted one would have seen. Each host takes its own rows of the global batch.
+examples that an uninterrupted one would have seen. Each process reads its own groups of the global batch.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import dataclasses
 import functools
 import reprlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from datamux_jax.data import sources
-from datamux_jax.data.tokenizers import TOKENIZERS
-from datamux_jax.errors import InputError, choose
+from datamux_jax import workdir
+from datamux_jax.data import sources, tokenizers
+from datamux_jax.data.corpus import CORPORA, open_corpus
+from datamux_jax.data.token_cache import chunks, tokenised
+from datamux_jax.data.tokenizers import Tokenizer
+from datamux_jax.errors import InputError
 from datamux_jax.families import SpecialTokens
 
+FORMAT = "format.json"
 Arrays = dict[str, np.ndarray]
 
 
@@ -30,29 +35,53 @@ class Format:
     Attributes:
       label_names: class names, in label order.
       length: `L`.
-      tokenizer: key of `TOKENIZERS`; empty for feature inputs.
+      tokenizer: of texts; None for feature inputs.
       feature_size: `F` of feature inputs; 0 for text.
       vocab_size: `V` of the network, prefix tokens included; 0 for feature inputs.
       tokens: ids of the special tokens; None for feature inputs.
       token_labels: labels belong to tokens, not to examples.
+      corpus: fingerprint of the running text that was cut into chunks; empty where examples are texts or features.
     """
 
     label_names: tuple[str, ...]
     length: int
-    tokenizer: str = ""
+    tokenizer: Tokenizer | None = None
     feature_size: int = 0
     vocab_size: int = 0
     tokens: SpecialTokens | None = None
     token_labels: bool = False
+    corpus: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def save(self, run: Path) -> None:
+        """Writes `format.json` and, for texts, the tokenizer into the folder of a run."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["tokenizer"] = self.tokenizer.fingerprint if self.tokenizer else ""
+        fields["tokens"] = self.tokens and dataclasses.asdict(self.tokens)
+        if self.tokenizer:
+            self.tokenizer.save(run / tokenizers.RUN_FOLDER)
+        workdir.write_json(run / FORMAT, fields)
+
+    @staticmethod
+    def saved_in(run: Path) -> bool:
+        """Whether the folder holds a format."""
+        return (run / FORMAT).exists()
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Format:
-        """The format whose `dataclasses.asdict` was saved."""
+    def load(cls, run: Path) -> Format:
+        """The format that was saved in the folder of a run.
+
+        Raises:
+          InputError: a file is missing, or is not what was saved.
+        """
+        fields = workdir.read_json(run / FORMAT)
+        tokenizer = tokenizers.load(run / tokenizers.RUN_FOLDER) if fields["tokenizer"] else None
+        if tokenizer and tokenizer.fingerprint != fields["tokenizer"]:
+            raise InputError(
+                f"The tokenizer in {run / tokenizers.RUN_FOLDER} is not the one that the run was trained with. Restore the folder from "
+                "a copy."
+            )
         tokens = fields["tokens"] and SpecialTokens(**fields["tokens"])
-        return cls(**{**fields, "label_names": tuple(fields["label_names"]), "tokens": tokens})
+        return cls(**{**fields, "label_names": tuple(fields["label_names"]), "tokens": tokens, "tokenizer": tokenizer})
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -71,8 +100,8 @@ class Format:
         """
         if self.vocab_size and not self.tokenizer:
             raise InputError(
-                "This run was converted from a published checkpoint and has no tokenizer for texts yet. Train a run that starts "
-                "from it (init_from), and load that."
+                "This run was converted from a checkpoint whose folder had no tokenizer, so it reads no texts. Put vocab.txt or "
+                "tokenizer.json beside the weights and convert again."
             )
         if self.tokenizer:
             if isinstance(inputs, str) or not isinstance(inputs, Sequence):
@@ -80,7 +109,7 @@ class Format:
             for text in inputs:
                 if not isinstance(text, str):
                     raise InputError(f"This model reads a list of strings, but an entry is {_short(text)}. Pass strings only.")
-            ids, mask = TOKENIZERS[self.tokenizer]().encode(list(inputs), self.length)
+            ids, mask = self.tokenizer.encode(list(inputs), self.length)
             return {"inputs": ids, "mask": mask}
         try:
             features = np.asarray(inputs, np.float32)
@@ -99,36 +128,65 @@ class Format:
         return {"inputs": features, "mask": np.ones(features.shape[:2], np.int32)}
 
 
-def load(config: Any) -> tuple[Format, dict[str, Arrays]]:
-    """Reads, tokenises and formats all splits of the data set that `config.data` names.
+def load(config: Any, run: Path | None = None) -> tuple[Format, dict[str, Arrays]]:
+    """The format and the splits of the data that `config.data` names; see `format_of` and `splits_of`."""
+    fmt = format_of(config, run)
+    return fmt, splits_of(config, fmt)
 
-    Returns:
-      The format, and for each split the arrays `inputs`, `mask` and `label`, one row an example.
+
+def format_of(config: Any, run: Path | None = None) -> Format:
+    """How the data that `config.data` names become arrays.
+
+    Args:
+      config: complete config.
+      run: folder of the run; `data.tokenizer` may be relative to it.
 
     Raises:
-      InputError: unknown names, or a length that does not fit the source.
+      InputError: unknown names, data that cannot be read, or a length that does not fit the source.
     """
-    source = sources.load(config.data.source)
-    first = next(iter(source.splits.values())).inputs
-    if isinstance(first, np.ndarray):
+    data = config.data
+    running = data.source in CORPORA
+    source = None if running else sources.load(data.source)
+    first = None if source is None else next(iter(source.splits.values())).inputs
+    if source is not None and isinstance(first, np.ndarray):
         fmt = Format(source.label_names, first.shape[1], feature_size=first.shape[2])
-        if config.data.length not in (0, fmt.length):
+        if data.length not in (0, fmt.length):
             raise InputError(
-                f"data.length = {config.data.length}, but the source {config.data.source!r} has inputs of length {fmt.length}. "
+                f"data.length = {data.length}, but the source {data.source!r} has inputs of length {fmt.length}. "
                 "Set data.length to 0 to take the source's own."
             )
-    else:
-        if config.data.length < 2:
-            raise InputError(
-                f"data.length = {config.data.length}, but a text needs at least 2 positions, [CLS] and one token. Raise it."
-            )
-        tokenizer = choose(TOKENIZERS, config.data.tokenizer, "The tokenizer data.tokenizer =")
-        # Only the index demultiplexer feeds tokens that no text has.
-        encoder = TOKENIZERS[tokenizer]()
-        tokens, size = encoder.special_tokens(config.num_instances)
-        size = size if config.demux.name == "index" else encoder.vocab_size
-        fmt = Format(source.label_names, config.data.length, tokenizer=tokenizer, vocab_size=size, tokens=tokens)
-    return fmt, _encoded(config.data.source, fmt)
+        return fmt
+    if data.length < 2:
+        raise InputError(f"data.length = {data.length}, but a text needs at least 2 positions, [CLS] and one token. Raise it.")
+    corpus = open_corpus(data) if running else None
+    name = data.tokenizer if run is None else str(workdir.find(data.tokenizer, run))
+    tokenizer = tokenizers.open_tokenizer(name, data, corpus)
+    # Only the index demultiplexer feeds tokens that no text has.
+    tokens, size = tokenizer.special_tokens(config.num_instances, config.model.family)
+    return Format(
+        source.label_names if source else (),
+        data.length,
+        tokenizer=tokenizer,
+        vocab_size=size if config.demux.name == "index" else tokenizer.vocab_size,
+        tokens=tokens,
+        corpus=corpus.fingerprint if corpus else "",
+    )
+
+
+def splits_of(config: Any, fmt: Format) -> dict[str, Arrays]:
+    """The examples of the data that `config.data` names: for each split the arrays `inputs`, `mask` and `label`, one row an example.
+
+    Running text has `inputs` alone: chunks of `fmt.length` tokens, mapped from the cache of tokenised text, which is made here if
+    there is none yet.
+
+    Raises:
+      InputError: data that cannot be read, or a cache that cannot be written.
+    """
+    if not fmt.corpus:
+        return _encoded(config.data.source, fmt)
+    assert fmt.tokenizer is not None
+    tokens = tokenised(config.data, open_corpus(config.data), fmt.tokenizer)
+    return {split: {"inputs": chunks(ids, fmt.length)} for split, ids in tokens.items()}
 
 
 @functools.lru_cache(maxsize=4)
@@ -139,35 +197,33 @@ def _encoded(name: str, fmt: Format) -> dict[str, Arrays]:
 
 
 def train_iterator(
-    arrays: Arrays, *, groups: int, instances: int, seed: int, host: int = 0, hosts: int = 1
+    arrays: Arrays, *, groups: int, instances: int, seed: int, mine: np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Endless training batches of `groups` x `instances` examples, all hosts together.
+    """Endless training batches of `groups` x `instances` examples, all processes together.
 
     Every epoch is a fresh permutation, cut into consecutive groups of `instances`; a batch may span two epochs, so no example
     is ever dropped.
 
     Args:
       arrays: one row an example.
-      groups: `B`, over all hosts; divisible by `hosts`.
+      groups: `B`, over all processes.
       instances: `N`.
       seed: of the permutations.
-      host: this host's index.
-      hosts: how many hosts share a batch.
+      mine: which groups of each batch this process reads (`sharding.local_groups`); default: all.
 
     Returns:
-      A checkpointable grain iterator over dicts of `[B / hosts, N, ...]` arrays, `weight` (all ones) included.
+      A checkpointable grain iterator over dicts of `[groups of this process, N, ...]` arrays, `weight` (all ones) included. Its state
+      is the number of the next batch, the same for every process and mesh.
     """
-    rows = len(arrays["mask"])
-    size = groups * instances
-    if groups % hosts:
-        raise InputError(f"batch_groups = {groups} is not divisible by the number of hosts, {hosts}. Choose a multiple.")
+    rows = len(arrays["inputs"])
+    mine = np.arange(groups) if mine is None else mine
 
-    @functools.lru_cache(maxsize=4)
+    @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(rows)
 
     def batch(step: int) -> Arrays:
-        position = np.arange(step * size, (step + 1) * size).reshape(hosts, groups // hosts, instances)[host]
+        position = ((step * groups + mine) * instances)[:, None] + np.arange(instances)
         epochs, offsets = np.divmod(position, rows)
         index = np.empty_like(position)
         for epoch in np.unique(epochs):
@@ -180,7 +236,7 @@ def train_iterator(
 
 
 def eval_batches(
-    arrays: Arrays, *, groups: int, instances: int, seed: int, shuffle: bool = True
+    arrays: Arrays, *, groups: int, instances: int, seed: int, shuffle: bool = True, mine: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, Arrays]]:
     """Every example exactly once, in random groups; rows that only fill up a group or a batch have weight 0.
 
@@ -193,18 +249,20 @@ def eval_batches(
       instances: `N`.
       seed: decides who is mixed with whom.
       shuffle: False keeps the order: example `i` sits in slot `i % N` of group `i // N`.
+      mine: which groups of each batch this process reads; default: all.
 
     Yields:
-      The examples' row numbers, `[B, N]`, and the batch.
+      The examples' row numbers, `[groups of this process, N]`, and the batch.
     """
-    rows = len(arrays["mask"])
+    rows = len(arrays["inputs"])
+    mine = np.arange(groups) if mine is None else mine
     size = groups * instances
     rng = np.random.default_rng(seed)
     order = rng.permutation(rows) if shuffle else np.arange(rows)
     fill = rng.integers(0, rows, size=-rows % size)
     index = np.concatenate([order, fill]).reshape(-1, groups, instances)
     weight = (np.arange(index.size) < rows).astype(np.float32).reshape(index.shape)
-    for rows_BxN, weight_BxN in zip(index, weight, strict=True):
+    for rows_BxN, weight_BxN in zip(index[:, mine], weight[:, mine], strict=True):
         yield rows_BxN, _gather(arrays, rows_BxN, weight_BxN)
 
 
@@ -213,4 +271,9 @@ def _short(value: Any) -> str:
 
 
 def _gather(arrays: Arrays, index: np.ndarray, weight: np.ndarray) -> Arrays:
-    return {**{name: array[index] for name, array in arrays.items()}, "weight": weight}
+    batch = {**{name: array[index] for name, array in arrays.items()}, "weight": weight}
+    if "mask" not in batch:  # Chunks of running text: token ids in the smallest type that holds them, and no padding.
+        batch["inputs"] = batch["inputs"].astype(np.int32)
+        batch["mask"] = np.ones(batch["inputs"].shape, np.int32)
+        batch["label"] = np.zeros(index.shape, np.int32)
+    return batch

@@ -1,0 +1,21 @@
+"""DataMUX's warm-up: token retrieval alone, on running text (DataMUX, section 3.3).
+
+    python -m launch.train --config=configs/retrieval.py:base,n=2+5+10,tfds=wiki40b/en --workdir=runs/retrieval
+
+Settings of the published code: RoBERTa's conventions, 128 tokens, 24 groups, learning rate 5e-5, linear, no warm-up steps, instance
+vectors of norm 20, 500,000 steps. Arguments as in `configs/muxbert.py`; `norm=` of the instance vectors, 0 for unit variance.
+"""
+
+from configs import common, pretraining
+
+
+def get_config(arg=None):
+    usual = {"length": 128, "groups": 24, "steps": 500_000, "vocab": 50265, "n": (2,)}
+    c, arg = pretraining.base(arg, "roberta", **usual, rate=5e-5, norm=20.0)
+    c.title = "Token retrieval: N texts read back from one row"
+    c.optimizer.learning_rate = arg.rate
+    c.optimizer.warmup_steps = 0
+    c.objective = "retrieval"
+    c.steps = arg.steps
+    common.set_runs(c, {f"n{n}": pretraining.instances(n, norm=arg.norm) for n in arg.n})
+    return c

@@ -1,0 +1,147 @@
+"""Several processes (hosts of a pod) that train together: how they find each other, agree, and fail together.
+
+Every process runs the same program. Process 0 alone writes configs, metrics and reports; checkpoints are written by all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from datamux_jax.errors import InputError, Unavailable
+
+Result = TypeVar("Result")
+_barriers = itertools.count()  # Every barrier has a name of its own.
+COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+
+
+def initialize(*, multihost: bool = False, coordinator: str = "", num_processes: int = -1, process_id: int = -1) -> None:
+    """Connects this process with the others, if there are any. Must come before anything else that touches a device.
+
+    Args:
+      multihost: find everything in the environment; JAX knows Cloud TPU, Slurm, GKE and Open MPI.
+      coordinator: `host:port` of process 0, where the environment does not say it; also $JAX_COORDINATOR_ADDRESS.
+      num_processes: how many there are; given with `coordinator`.
+      process_id: which one this is, from 0; given with `coordinator`.
+
+    Raises:
+      InputError: the arguments do not fit together, or nothing says where the others are.
+      Unavailable: the others do not answer.
+    """
+    given = [coordinator != "", num_processes >= 0, process_id >= 0]
+    if any(given) and not all(given):
+        raise InputError(
+            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: all three are needed, or none of "
+            "them. On Cloud TPU, GKE and Slurm pass --multihost alone."
+        )
+    if all(given) and not process_id < num_processes:
+        raise InputError(f"--process_id={process_id} is not below --num_processes={num_processes}. Number processes from 0.")
+    try:
+        if all(given):
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        elif multihost or os.environ.get(COORDINATOR):
+            jax.distributed.initialize()
+    except ValueError as error:
+        raise InputError(
+            f"This process cannot find the others: {_brief(error)} Start one process on every host with the same command, or pass "
+            "--coordinator, --num_processes and --process_id."
+        ) from error
+    except RuntimeError as error:
+        raise Unavailable(
+            f"The other processes do not answer: {_brief(error)} See whether all of them run and reach process 0, and start again."
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") + "."
+
+
+def is_primary() -> bool:
+    """Whether this process writes what only one may write."""
+    return bool(jax.process_index() == 0)
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Runs `action` on every process; if it fails on one of them, it fails on all, and none waits forever for another.
+
+    Raises:
+      InputError: `action` failed on another process; what it raises here is raised as it is.
+    """
+    if jax.process_count() == 1:
+        return action()
+    failure: Exception | None = None
+    result: Result | None = None
+    try:
+        result = action()
+    except Exception as error:  # Whatever it is, the others must not wait for this process.
+        failure = error
+    failed = np.asarray(multihost_utils.process_allgather(np.array([failure is not None]))).ravel()
+    if failure is not None:
+        raise failure
+    if failed.any():
+        where = ", ".join(str(index) for index in np.flatnonzero(failed))
+        raise InputError(f"Process {where} cannot go on, so all stop; its own message says why. Nothing was lost.")
+    return result  # type: ignore[return-value]
+
+
+def primary_first(action: Callable[[], Result]) -> Result:
+    """Runs `action` on process 0, and then on all others, which find what it has made on the shared disk.
+
+    Raises:
+      InputError: from `action`, here or on another process.
+    """
+    if jax.process_count() == 1:
+        return action()
+    outcome: list[tuple[Result | None, Exception | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((action(), None))
+        except Exception as error:  # Told to the others below.
+            outcome.append((None, error))
+
+    # Barriers of the coordination service: unlike collectives of devices, they may take hours.
+    if is_primary():
+        run()
+    _wait_for_all()
+    if not is_primary():
+        run()
+    _wait_for_all()
+
+    def tell() -> Result:
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    return together(tell)
+
+
+def _wait_for_all() -> None:
+    ocp.multihost.sync_global_processes(f"datamux_jax/{next(_barriers)}", timeout=7 * 24 * 3600)
+
+
+def on_primary(action: Callable[[], None]) -> None:
+    """Runs `action` on process 0; the others wait, and fail if it fails.
+
+    Raises:
+      InputError: from `action`.
+    """
+    together(action if is_primary() else lambda: None)
+
+
+def reached_stop(step: int, asked: bool) -> bool:
+    """Whether to stop before `step + 1`: this process was asked to; or, among several, whether all have agreed on this very step.
+
+    JAX's coordination service watches for SIGTERM on every host and chooses a step that none has passed.
+    """
+    if jax.process_count() == 1:
+        return asked
+    return bool(multihost_utils.reached_preemption_sync_point(step))

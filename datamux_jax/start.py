@@ -1,0 +1,203 @@
+"""Where a run starts: its own newest checkpoint, then `resume` (whole state), then `init_from` (parameters), then scratch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+
+from datamux_jax import workdir
+from datamux_jax.checkpoint import Checkpoints, newest_step, run_checkpoints
+from datamux_jax.errors import InputError
+from datamux_jax.step import TrainState
+
+# May be absent from, surplus in, or of another shape in the parameters that a run starts from: a new task has a new head.
+HEADS = ("classifier/", "replaced_head/", "decoder/", "generator/")
+# May be absent besides if the run to start from is a plain network.
+MULTIPLEXING = ("mux/", "demux/")
+
+# Parameters of equal shapes mean something else where these differ.
+MEANING = ("model.family", "model.layer_norm_eps", "mux.name", "demux.name", "demux.form")
+
+
+def check(config: Any, run: Path, abstract: TrainState) -> None:
+    """Checks, before anything is written, the run named by `resume` or `init_from`.
+
+    Raises:
+      InputError: it is missing, or does not fit.
+    """
+    for key in ("resume", "init_from"):
+        if config[key] and not workdir.find(config[key], run).exists():
+            raise InputError(
+                f"{key} = {config[key]!r} exists neither in the new run's folder, {run}, nor in the current one. Name the folder of a "
+                "run."
+            )
+    if config.resume:
+        source = workdir.find(config.resume, run)
+        check_resumable(source)
+        match(source, abstract.params, "resume", fresh=())
+        at = newest_step(source)
+        if at is not None and at >= config.steps:
+            raise InputError(
+                f"resume = {str(source)!r} stands at step {at}, so nothing is left to do with steps = {config.steps}. Raise steps, or "
+                "use init_from to start another training from its parameters."
+            )
+    elif config.init_from:
+        source = workdir.find(config.init_from, run)
+        try:
+            match(source, abstract.params)
+        except InputError as error:
+            raise InputError(f"{error}{_differences(config, source)}") from error
+        check_same_function(config, source)
+
+
+def initial_state(config: Any, run: Path, saves: Checkpoints, fresh: TrainState) -> tuple[TrainState, Any]:
+    """The state that a run starts from, and the data position that belongs to it; None for the beginning."""
+
+    def restored(source: Checkpoints) -> tuple[TrainState, Any]:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
+        _, params, others, position = source.restore(abstract.params, rest(abstract))
+        return dataclasses.replace(fresh, params=params, **others), position
+
+    if saves.latest_step is not None:
+        return restored(saves)
+    if config.resume:
+        with contextlib.closing(run_checkpoints(workdir.find(config.resume, run))) as source:
+            return restored(source)
+    if config.init_from:
+        where = workdir.find(config.init_from, run)
+        params, left = init_from(where, fresh.params)
+        print(f"{run.name}: starts from {where}{left}", flush=True)
+        return dataclasses.replace(fresh, params=params), None
+    return fresh, None
+
+
+def rest(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state beside its parameters."""
+    return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+
+
+def check_same_function(config: Any, source: Path) -> None:
+    """Raises InputError if the parameters of the run in `source` would compute something else under `config`."""
+    ours, theirs = (workdir.flatten(workdir.plain(one)) for one in (config, workdir.load_config(source)))
+    from_plain = theirs["mux.name"] == "none"
+    different = [
+        f"{key} = {theirs[key]!r} there, {ours[key]!r} here"
+        for key in MEANING
+        if ours[key] != theirs[key]
+        and not (from_plain and key.startswith(("mux.", "demux.")))
+        and not (key == "demux.form" and ours["demux.name"] != "rsa")
+    ]
+    if different:
+        raise InputError(
+            f"init_from = {str(source)!r} has the right shapes, but would compute something else: {'; '.join(different)}. "
+            "Set these keys as they are there."
+        )
+
+
+def check_resumable(run: Path) -> None:
+    """Raises InputError if the run in `run` has parameters only, like one that was converted."""
+    with contextlib.closing(run_checkpoints(run)) as found:
+        if "rest" not in found.items():
+            raise InputError(
+                f"resume = {str(run)!r} has parameters but no training state, as it was converted from a published checkpoint. Use "
+                "init_from to start a training from its parameters."
+            )
+
+
+def match(
+    run: Path, params: Any, key: str = "init_from", fresh: tuple[str, ...] = HEADS
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Checks that a network with the parameters `params` (abstract or real) can start from the run in `run`.
+
+    Args:
+      run: its folder.
+      params: of the network, with shapes.
+      key: config key that names the run, for the error.
+      fresh: what may be missing there, surplus or of another shape; by default heads. If heads may, a multiplexed network may start
+        from a plain one.
+
+    Returns:
+      The shapes of all parameters there, by path; and the paths that both networks share.
+
+    Raises:
+      InputError: there is no checkpoint, or other leaves are missing, surplus or misshapen; all of them are listed.
+    """
+    with contextlib.closing(run_checkpoints(run, workdir.load_config(run))) as source:
+        theirs = {path: tuple(leaf.shape) for path, leaf in _flat(source.params_metadata()).items()}
+    ours = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
+    shared = {path for path in ours if ours[path] == theirs.get(path)}
+    mixed, theirs_mixed = (any(path.startswith(MULTIPLEXING) for path in paths) for paths in (ours, theirs))
+    if fresh and not theirs_mixed:
+        fresh = fresh + MULTIPLEXING
+    if mixed == theirs_mixed and all(any(path.startswith("decoder/") for path in paths) for paths in (ours, theirs)):
+        fresh = tuple(prefix for prefix in fresh if prefix != "decoder/")  # Where both have one, it is the same or a mistake.
+    wrong = {path for path in (ours.keys() | theirs.keys()) - shared if not path.startswith(fresh)}
+    if wrong:
+        missing, surplus = sorted(wrong - theirs.keys()), sorted(wrong - ours.keys())
+        misshapen = [
+            f"{path} is {theirs[path]} there and {ours[path]} here" for path in sorted(wrong & ours.keys() & theirs.keys())
+        ]
+        raise InputError(
+            f"{key} = {str(run)!r} does not fit this model. Missing there: {_few(missing) or 'nothing'}. Surplus there: "
+            f"{_few(surplus) or 'nothing'}. Other shapes: {_few(misshapen) or 'none'}. Use a run with the same num_instances and the "
+            "same model, mux and demux settings."
+        )
+    return theirs, shared
+
+
+def _few(items: list[str]) -> str:
+    return "; ".join(items[:8]) + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
+
+
+def _differences(config: Any, source: Path) -> str:
+    """The keys in which two networks differ, for an error."""
+    ours, theirs = (workdir.flatten(workdir.plain(one)) for one in (config, workdir.load_config(source)))
+    names = [key for key in ours if key == "num_instances" or key.startswith(("model.", "mux.", "demux."))]
+    different = [f"{key} = {theirs.get(key)!r} there, {ours[key]!r} here" for key in names if ours[key] != theirs.get(key)]
+    return f" They differ in: {'; '.join(different)}." if different else ""
+
+
+def init_from(run: Path, params: Any) -> tuple[Any, str]:
+    """Starts from the parameters of another run.
+
+    Args:
+      run: its folder.
+      params: this run's fresh parameters, sharded.
+
+    Returns:
+      `params`, with every leaf that both share taken from `run`; and what stayed fresh or was not used there, for people.
+
+    Raises:
+      InputError: as `match`.
+    """
+    theirs, shared = match(run, params)
+    ours = _flat(params)
+    wanted = {
+        path: jax.ShapeDtypeStruct(shape, "float32", sharding=ours[path].sharding if path in shared else None)
+        for path, shape in theirs.items()
+    }
+    with contextlib.closing(run_checkpoints(run, workdir.load_config(run))) as source:
+        loaded = _flat(source.restore_params(_nested(wanted))[1])
+    merged = _nested({path: loaded[path] if path in shared else leaf for path, leaf in ours.items()})
+    notes = (("fresh", ours), ("not used", theirs))
+    left = [f"; {what}: {', '.join(_groups(set(paths) - shared))}" for what, paths in notes if set(paths) - shared]
+    return merged, "".join(left)
+
+
+def _groups(paths: set[str]) -> list[str]:
+    """The first two levels of parameter paths: `demux/keys`, `classifier/out`."""
+    return sorted({"/".join(path.split("/")[:2]) for path in paths})
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def _nested(flat: Mapping[str, Any]) -> Any:
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
