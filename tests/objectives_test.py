@@ -226,6 +226,7 @@ def test_a_sample_that_hits_the_original_is_not_replaced(batch, kind, monkeypatc
     assert not seen["replaced"].any()
 
 
+@pytest.mark.slow
 def test_electra_with_a_learned_generator_learns_from_real_text(tmp_path):
     """100 steps on CLDR phrases; the published code for a muxed generator cannot run."""
     for kind in ("plain", "muxed"):
