@@ -182,6 +182,16 @@ def parse_arg(arg: str | None, **defaults):
     return ml_collections.ConfigDict(values)
 
 
+def instances(n: int) -> dict:
+    """The keys that make a network of `n` instances."""
+    mixed = n != 1
+    return {
+        "num_instances": n,
+        "mux": {"name": "gaussian_hadamard" if mixed else "none"},
+        "demux": {"name": "rsa" if mixed else "none"},
+    }
+
+
 def set_runs(config: ml_collections.ConfigDict, overrides: dict[str, dict]) -> None:
     """Makes `config` an experiment of the given runs: name -> nested dict of the keys in which the run differs."""
     if not overrides:

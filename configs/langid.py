@@ -8,7 +8,7 @@ long; `warmup=` and `finetune=` steps; `pool=` what classification reads; `width
 buy more accuracy than width here, and weight decay more than dropout.
 """
 
-from configs import common, quickstart
+from configs import common
 
 
 def get_config(arg=None):
@@ -38,4 +38,4 @@ def get_config(arg=None):
 
 
 def stage(n: int, steps: int) -> dict:
-    return quickstart.instances(n) | {"steps": steps, "optimizer": {"warmup_steps": min(100, steps)}}
+    return common.instances(n) | {"steps": steps, "optimizer": {"warmup_steps": min(100, steps)}}

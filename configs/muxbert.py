@@ -28,12 +28,11 @@ from datamux_jax.errors import InputError
 
 def get_config(arg=None):
     family = "roberta" if "family=roberta" in (arg or "").split(",") else "bert"
-    c, arg = pretraining.base(arg, family, **pretraining.STAGES, family="bert", rate=1e-4)
+    c, arg = pretraining.base(arg, family, **pretraining.STAGES, family="bert")
     if arg.family != family:
         raise InputError(
             f"family={arg.family!r} does not exist here. Choose bert or roberta; configs/muxelectra.py is for ELECTRA."
         )
     c.title = f"MUX-{arg.family.upper()}: retrieval, then masked language modelling"
-    c.optimizer.learning_rate = arg.rate
     pretraining.stages(c, arg, {"objective": "mlm", "task_loss_coeff": 1.0, "retrieval_loss_coeff": 0.0})
     return c

@@ -11,9 +11,8 @@ from configs import pretraining
 
 
 def get_config(arg=None):
-    c, arg = pretraining.base(arg, "electra", **pretraining.STAGES, generator="uniform", rate=1e-4)
+    c, arg = pretraining.base(arg, "electra", **pretraining.STAGES, generator="uniform")
     c.title = "MUX-ELECTRA: retrieval, then replaced-token detection"
-    c.optimizer.learning_rate = arg.rate
     c.generator.kind = arg.generator
     c.generator.num_layers = c.model.num_layers
     c.generator.hidden_size = max(c.model.hidden_size // 4, 64)

@@ -12,6 +12,7 @@ ARGUMENTS = {
     "length": 512,
     "groups": 256,
     "dropout": 0.1,
+    "rate": 1e-4,
     "steps": 1_000_000,
 }
 STAGES = {"retrieval": 10_000, "stage": "all"}
@@ -54,7 +55,7 @@ def base(text: str | None, kind: str, **defaults):
     c.optimizer.update_rule = "published"
     c.optimizer.schedule = "linear"
     c.optimizer.weight_decay = 0.0
-    c.optimizer.learning_rate = 1e-4
+    c.optimizer.learning_rate = arg.rate
     c.eval.split = "validation"
     c.eval.groupings = 1
     c.eval.examples = 2000
@@ -79,16 +80,6 @@ def model_of(family: str, size: str) -> dict:
     return keys | {"init_stddev": round(0.02 * (768 / int(width)) ** 0.5, 3)}
 
 
-def instances(n: int, *, norm: float = 0.0) -> dict:
-    """The keys that make a network of `n` instances."""
-    mixed = n != 1
-    return {
-        "num_instances": n,
-        "mux": {"name": "gaussian_hadamard" if mixed else "none", "norm": norm},
-        "demux": {"name": "rsa" if mixed else "none"},
-    }
-
-
 def stages(c, arg, pretraining: dict) -> None:
     """Makes `c` an experiment: for each N the retrieval stage, then `pretraining` from what it learned.
 
@@ -100,7 +91,7 @@ def stages(c, arg, pretraining: dict) -> None:
     for n in arg.n:
         start = {}
         if n > 1 and arg.retrieval and arg.stage != "pretraining":
-            runs[f"n{n}-retrieval"] = instances(n) | {
+            runs[f"n{n}-retrieval"] = common.instances(n) | {
                 "objective": "retrieval",
                 "steps": arg.retrieval,
                 "optimizer": {"warmup_steps": arg.retrieval // 10},
@@ -109,5 +100,5 @@ def stages(c, arg, pretraining: dict) -> None:
             start = {"init_from": f"../n{n}-retrieval"}
         if arg.stage != "retrieval":
             steps = {"steps": arg.steps, "optimizer": {"warmup_steps": min(10_000, arg.steps // 10)}}
-            runs[f"n{n}"] = instances(n) | steps | start | pretraining
+            runs[f"n{n}"] = common.instances(n) | steps | start | pretraining
     common.set_runs(c, runs)

@@ -20,15 +20,5 @@ def get_config(arg=None):
     c.eval.every_slot = True  # 377 test images are few: compare slots on the same ones.
     # A lone network overfits 1,420 images; companions are noise enough for the others, and dropout would only hurt them.
     dropout = {"model": {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}}
-    common.set_runs(c, {f"n{n}": instances(n) | (dropout if n == 1 else {}) for n in arg.n})
+    common.set_runs(c, {f"n{n}": common.instances(n) | (dropout if n == 1 else {}) for n in arg.n})
     return c
-
-
-def instances(n: int) -> dict:
-    """The keys that make a network of `n` instances."""
-    mixed = n != 1
-    return {
-        "num_instances": n,
-        "mux": {"name": "gaussian_hadamard" if mixed else "none"},
-        "demux": {"name": "rsa" if mixed else "none"},
-    }

@@ -13,9 +13,9 @@ def get_config(arg=None):
     usual = {"length": 128, "groups": 24, "steps": 500_000, "vocab": 50265, "n": (2,)}
     c, arg = pretraining.base(arg, "roberta", **usual, rate=5e-5, norm=20.0)
     c.title = "Token retrieval: N texts read back from one row"
-    c.optimizer.learning_rate = arg.rate
     c.optimizer.warmup_steps = 0
     c.objective = "retrieval"
+    c.mux.norm = arg.norm
     c.steps = arg.steps
-    common.set_runs(c, {f"n{n}": pretraining.instances(n, norm=arg.norm) for n in arg.n})
+    common.set_runs(c, {f"n{n}": common.instances(n) for n in arg.n})
     return c

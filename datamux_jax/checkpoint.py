@@ -6,7 +6,7 @@ import contextlib
 import errno
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,27 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from datamux_jax import distributed
 from datamux_jax.errors import InputError
+from datamux_jax.progress import quiet
 
 FOLDER = "checkpoints"
 DAMAGED = ".damaged"
 LOWER_IS_BETTER = ("loss", "error")
 Result = TypeVar("Result")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences what orbax logs about its own options and failures; failures reach the caller as exceptions."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 class Checkpoints:
@@ -258,8 +247,8 @@ def _checksum(leaf: Any) -> Any:
     # The finaliser of MurmurHash3: every bit, and the place, changes all bits of what is added up. Sums of integers wrap around and do
     # not depend on their order.
     mixed = bits ^ (place * jnp.uint32(0x9E3779B9))
-    for factor in (0x85EBCA6B, 0xC2B2AE35):
-        mixed = (mixed ^ (mixed >> 16 if factor == 0x85EBCA6B else mixed >> 13)) * jnp.uint32(factor)
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 

@@ -20,8 +20,8 @@ from datamux_jax.data.pipeline import Format
 from datamux_jax.data.tokenizers import Tokenizer
 from datamux_jax.errors import InputError
 from datamux_jax.families import FAMILIES, published_tokens
+from datamux_jax.plan import build_model
 from datamux_jax.runs import load_run
-from datamux_jax.train import build_model
 
 SOURCE = "source.json"
 TOKENIZER = "tokenizer"

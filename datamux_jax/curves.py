@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datamux_jax import workdir
-from datamux_jax.metrics_log import FILE
+from datamux_jax.metrics_log import read_lines
 
 # Metric -> title of its panel; those that no run has are left out.
 PANELS = {
@@ -21,14 +19,8 @@ PANELS = {
 }
 
 
-def read(run: Path, metric: str) -> list[tuple[int, float]]:
-    """Steps and values of a metric in a run's `metrics.jsonl`."""
-    if not (run / FILE).exists():
-        return []
-    lines = []
-    for line in (run / FILE).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # The last line of a run that is being written, or was killed.
-            lines.append(json.loads(line))
+def points(lines: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric in the lines of a run's `metrics.jsonl`."""
     return [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
 
 
@@ -40,9 +32,10 @@ def plot(path: Path, runs: Mapping[str, Path], title: str) -> bool:
       runs: name -> folder.
       title: of the picture.
     """
+    lines = {name: read_lines(run) for name, run in runs.items()}
     panels: dict[str, list[str]] = {}
     for metric in PANELS:
-        names = [name for name, run in runs.items() if len(read(run, metric)) > 1]
+        names = [name for name in runs if len(points(lines[name], metric)) > 1]
         if names:
             panels[metric] = names
     if not panels:
@@ -56,9 +49,9 @@ def plot(path: Path, runs: Mapping[str, Path], title: str) -> bool:
     colors: dict[str, Any] = {name: f"C{index}" for index, name in enumerate(runs)}
     for axes, (metric, names) in zip(all_axes[0], panels.items(), strict=True):
         for name in names:
-            evaluated = read(runs[name], f"eval_{metric}")
+            evaluated = points(lines[name], f"eval_{metric}")
             thin = {"linewidth": 0.8, "alpha": 0.6} if evaluated else {"linewidth": 1.5, "label": name or "run"}
-            axes.plot(*zip(*read(runs[name], metric), strict=True), color=colors[name], **thin)
+            axes.plot(*zip(*points(lines[name], metric), strict=True), color=colors[name], **thin)
             if evaluated:
                 axes.plot(
                     *zip(*evaluated, strict=True), "o-", color=colors[name], label=name or "run", markersize=3, linewidth=1.5

@@ -25,8 +25,9 @@ from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
 from datamux_jax.evaluate import evaluate_run, suffix
+from datamux_jax.plan import prepare
 from datamux_jax.runs import load_run
-from datamux_jax.train import prepare, train
+from datamux_jax.train import train
 
 MEASURED = "measured.json"
 
@@ -108,23 +109,24 @@ def run(
     """
     folder = Path(folder)
     runs = expand(config, flags)
-    todo = {name: one for name, one in runs.items() if newest_step(folder / name) != one.steps}
+    steps = {name: newest_step(folder / name) for name in runs}
     for one in runs.values():
         validate(one)  # Of all runs, before the data of the first are read.
     needed = 0
     ours = {Path(os.path.normpath(folder / name)) for name in runs}
-    for name, one in todo.items():
+    for name, one in runs.items():
+        if steps[name] == one.steps:
+            continue
         plan = distributed.primary_first(functools.partial(prepare, one, folder / name))
-        there = 0 if newest_step(folder / name) is None else checkpoint.used_bytes(folder / name)
-        needed += max(plan.needed_bytes - there, 0)
+        needed += plan.missing_bytes(folder / name)
         # A run that starts from an earlier one of this experiment is checked when its turn comes.
         waits = one.init_from and Path(os.path.normpath(folder / name / one.init_from)) in ours
-        if newest_step(folder / name) is None and not waits:
+        if steps[name] is None and not waits:
             distributed.together(functools.partial(start.check, one, folder / name, plan.abstract))
     if config.baseline:
         choose(BASELINES, config.baseline, "The config value baseline =")
-        for one in runs.values():
-            if not pipeline.format_of(one).vocab_size:
+        for name, one in runs.items():
+            if not pipeline.format_of(one, folder / name).vocab_size:
                 raise InputError(
                     f"baseline = {config.baseline!r} reads texts, but data.source = {one.data.source!r} has none. Drop it."
                 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +16,16 @@ from datamux_jax.errors import InputError
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; one that is cut short, by a kill or because it is being written, is left out."""
+    lines = []
+    if (run / FILE).exists():
+        for text in (run / FILE).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 class MetricsLog:
@@ -46,8 +56,8 @@ class MetricsLog:
         if not write:
             return
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            workdir.write_text(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= done))
+            kept = (json.dumps(line) + "\n" for line in read_lines(run) if line["step"] <= done)
+            workdir.write_text(self._path, "".join(kept))
         if config.tensorboard:
             self._boards.append(_TensorBoard(run / TENSORBOARD, done))
         if config.wandb:
@@ -164,13 +174,6 @@ def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
         pairs = [(f"{name}/{slot}", one) for slot, one in enumerate(value)] if isinstance(value, list) else [(name, value)]
         flat |= {key: float(one) for key, one in pairs if one is not None}
     return flat
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # A line cut short by a kill.
 
 
 def _summary(means: dict[str, Any], rate: float) -> str:

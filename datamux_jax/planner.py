@@ -17,11 +17,12 @@ import jax
 from datamux_jax import sharding
 from datamux_jax.config import validate
 from datamux_jax.data.pipeline import CORPORA, Format, format_of
+from datamux_jax.data.subword_models import TRAINERS
+from datamux_jax.data.tokenizers import tokens_behind
 from datamux_jax.errors import InputError
-from datamux_jax.families import SpecialTokens
-from datamux_jax.train import Plan, assemble
+from datamux_jax.plan import Plan, assemble
 
-# Memory of a chip in bytes, and chips of a host, from Google's documentation of the generations.
+# Memory of a chip in bytes, from Google's documentation of the generations.
 CHIP_MEMORY = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
@@ -100,12 +101,10 @@ def plan_for(config: Any, devices: Sequence[Any]) -> Plan:
 
 def _format(config: Any) -> Format:
     data = config.data
-    if data.source not in CORPORA or data.tokenizer not in ("wordpiece", "bpe"):
+    if data.source not in CORPORA or data.tokenizer not in TRAINERS:
         return format_of(config)
-    index = data.vocab_size + config.num_instances
-    tokens = SpecialTokens(pad=0, cls=1, sep=2, mask=3, mlp_first=1, filler=data.vocab_size, index=index, index_cls=1)
-    behind = -(-(config.num_instances + 1) // 8) * 8 if config.demux.name == "index" else 0
-    return Format((), data.length, vocab_size=data.vocab_size + behind, tokens=tokens)
+    tokens, size = tokens_behind(data.vocab_size, config.num_instances, pad=0, cls=1, sep=2, mask=3)
+    return Format((), data.length, vocab_size=size if config.demux.name == "index" else data.vocab_size, tokens=tokens)
 
 
 def estimate(plan: Plan, topology: str = "") -> Estimate:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+
+from absl import logging
+
+
+@contextlib.contextmanager
+def quiet(level: int = logging.FATAL) -> Iterator[None]:
+    """Silences what libraries log through absl below `level`; failures reach the caller as exceptions."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def duration(seconds: float) -> str:

@@ -14,8 +14,8 @@ from datamux_jax.build import build_generator
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
 from datamux_jax.model import MultiplexedTransformer
-from datamux_jax.step import abstract_state, state_maker
-from datamux_jax.train import build_model
+from datamux_jax.plan import build_model
+from datamux_jax.step import placed, state_maker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,5 +49,5 @@ def load_run(path: str | Path) -> Run:
     mesh = sharding.inference_mesh()
     make = state_maker(config, fmt, model, optimizer.make(config), build_generator(config, model))
     with contextlib.closing(checkpoint.run_checkpoints(path, config)) as saved:
-        step, params = saved.restore_params(abstract_state(make, mesh).params)
+        step, params = saved.restore_params(placed(jax.eval_shape(make, jax.random.key(0)).params, mesh))
     return Run(path, config, fmt, model, params, step, mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,6 +138,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+@functools.lru_cache(maxsize=8)  # Asked for with every batch.
 def local_groups(mesh: Mesh, groups: int) -> np.ndarray:
     """Which of the `groups` of a global batch the devices of this process hold, ascending: the rows that it must read."""
     places = batch_sharding(mesh).addressable_devices_indices_map((groups,)).values()

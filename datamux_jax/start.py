@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +52,41 @@ def check(config: Any, run: Path, abstract: TrainState) -> None:
         try:
             match(source, abstract.params)
         except InputError as error:
-            raise InputError(f"{error}{_differences(config, source)}") from error
+            shapes = ("num_instances", "model.", "mux.", "demux.")
+            different = [text for key, text in _changed(config, source).items() if key.startswith(shapes)]
+            raise InputError(f"{error} They differ in: {'; '.join(different)}." if different else str(error)) from error
         check_same_function(config, source)
 
 
-def initial_state(config: Any, run: Path, saves: Checkpoints, fresh: TrainState) -> tuple[TrainState, Any]:
-    """The state that a run starts from, and the data position that belongs to it; None for the beginning."""
+def initial_state(
+    config: Any, run: Path, saves: Checkpoints, abstract: TrainState, fresh: Callable[[], TrainState]
+) -> tuple[TrainState, Any]:
+    """The state that a run starts from, and the data position that belongs to it; None for the beginning.
+
+    Args:
+      config: of the run.
+      run: its folder.
+      saves: its checkpoints.
+      abstract: shapes and shardings of its state.
+      fresh: makes a fresh state; what is restored whole needs none, and no memory for it.
+    """
 
     def restored(source: Checkpoints) -> tuple[TrainState, Any]:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
         _, params, others, position = source.restore(abstract.params, rest(abstract))
-        return dataclasses.replace(fresh, params=params, **others), position
+        return TrainState(params=params, **others), position
 
     if saves.latest_step is not None:
         return restored(saves)
     if config.resume:
         with contextlib.closing(run_checkpoints(workdir.find(config.resume, run))) as source:
             return restored(source)
-    if config.init_from:
-        where = workdir.find(config.init_from, run)
-        params, left = init_from(where, fresh.params)
-        print(f"{run.name}: starts from {where}{left}", flush=True)
-        return dataclasses.replace(fresh, params=params), None
-    return fresh, None
+    state = fresh()
+    if not config.init_from:
+        return state, None
+    where = workdir.find(config.init_from, run)
+    params, left = init_from(where, state.params)
+    print(f"{run.name}: starts from {where}{left}", flush=True)
+    return dataclasses.replace(state, params=params), None
 
 
 def rest(state: TrainState) -> dict[str, Any]:
@@ -82,16 +94,21 @@ def rest(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
 
 
+def _changed(config: Any, source: Path) -> dict[str, str]:
+    """The keys in which `config` and that of the run in `source` differ, and how, for an error."""
+    ours, theirs = (workdir.flatten(workdir.plain(one)) for one in (config, workdir.load_config(source)))
+    return {key: f"{key} = {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if ours[key] != theirs.get(key)}
+
+
 def check_same_function(config: Any, source: Path) -> None:
     """Raises InputError if the parameters of the run in `source` would compute something else under `config`."""
-    ours, theirs = (workdir.flatten(workdir.plain(one)) for one in (config, workdir.load_config(source)))
-    from_plain = theirs["mux.name"] == "none"
+    from_plain = workdir.load_config(source).mux.name == "none"
     different = [
-        f"{key} = {theirs[key]!r} there, {ours[key]!r} here"
-        for key in MEANING
-        if ours[key] != theirs[key]
+        text
+        for key, text in _changed(config, source).items()
+        if key in MEANING
         and not (from_plain and key.startswith(("mux.", "demux.")))
-        and not (key == "demux.form" and ours["demux.name"] != "rsa")
+        and not (key == "demux.form" and config.demux.name != "rsa")
     ]
     if different:
         raise InputError(
@@ -153,14 +170,6 @@ def match(
 
 def _few(items: list[str]) -> str:
     return "; ".join(items[:8]) + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
-
-
-def _differences(config: Any, source: Path) -> str:
-    """The keys in which two networks differ, for an error."""
-    ours, theirs = (workdir.flatten(workdir.plain(one)) for one in (config, workdir.load_config(source)))
-    names = [key for key in ours if key == "num_instances" or key.startswith(("model.", "mux.", "demux."))]
-    different = [f"{key} = {theirs.get(key)!r} there, {ours[key]!r} here" for key in names if ours[key] != theirs.get(key)]
-    return f" They differ in: {'; '.join(different)}." if different else ""
 
 
 def init_from(run: Path, params: Any) -> tuple[Any, str]:

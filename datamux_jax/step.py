@@ -49,19 +49,20 @@ def state_maker(
     return make
 
 
-def abstract_state(make: Callable[[jax.Array], Any], mesh: jax.sharding.Mesh) -> Any:
-    """Shapes and shardings of the state that `make` makes; nothing is computed."""
-    boxed = jax.eval_shape(make, jax.random.key(0))
-    placed = sharding.shardings(boxed, mesh)
+def placed(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes with shardings, of shapes that are boxed with logical axes."""
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), sharding.unbox(boxed), placed
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        sharding.unbox(boxed),
+        sharding.shardings(boxed, mesh),
     )
 
 
 def born_sharded(make: Callable[[jax.Array], Any], seed: int, mesh: jax.sharding.Mesh) -> Any:
     """Runs `make` so that every leaf comes into being on its own shard: no device ever holds the whole state."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(make, mesh))
-    return jax.jit(lambda k: sharding.unbox(make(k)), out_shardings=placed)(jax.random.key(seed))
+    key = jax.random.key(seed)
+    where = sharding.shardings(jax.eval_shape(make, key), mesh)
+    return jax.jit(lambda k: sharding.unbox(make(k)), out_shardings=where)(key)
 
 
 def make_step(objective: Objective, tx: Any, state: Any, mesh: jax.sharding.Mesh, accumulation: int = 1) -> Any:

@@ -1,12 +1,8 @@
-"""The trainer: what a run needs is checked first, then it is trained from wherever it stands.
-
-Warm-up, pre-training and fine-tuning differ in objective and config only.
-"""
+"""The trainer: one loop, from wherever a run stands. Warm-up, pre-training and fine-tuning differ in objective and config only."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import signal
@@ -17,171 +13,15 @@ from typing import Any
 
 import jax
 
-from datamux_jax import checkpoint, distributed, flops, metrics, optimizer, scoring, sharding, start, workdir
-from datamux_jax.build import build, build_generator
-from datamux_jax.config import validate
+from datamux_jax import checkpoint, distributed, metrics, scoring, sharding, start, workdir
 from datamux_jax.data import pipeline
-from datamux_jax.errors import InputError, Interrupted, choose
-from datamux_jax.metrics_log import MetricsLog, check_boards
-from datamux_jax.model import MultiplexedTransformer
-from datamux_jax.objectives import OBJECTIVES, Objective
+from datamux_jax.errors import InputError, Interrupted
+from datamux_jax.metrics_log import MetricsLog
+from datamux_jax.plan import Plan, prepare
 from datamux_jax.progress import Progress
-from datamux_jax.step import CompiledStep, TrainState, abstract_state, born_sharded, make_step, state_maker
+from datamux_jax.step import CompiledStep, born_sharded
 
 PROFILE = "profile"
-
-
-def build_model(config: Any, fmt: pipeline.Format) -> MultiplexedTransformer:
-    """The network of `config` for data of the format `fmt`."""
-    return build(config, num_classes=len(fmt.label_names), vocab_size=fmt.vocab_size, max_length=fmt.length, tokens=fmt.tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run that is known to be possible: config, data, network and mesh fit together. Nothing is written or computed yet."""
-
-    config: Any
-    mesh: jax.sharding.Mesh
-    format: pipeline.Format
-    splits: dict[str, pipeline.Arrays]
-    model: MultiplexedTransformer
-    generator: MultiplexedTransformer | None
-    tx: Any
-    make: Callable[[jax.Array], TrainState]
-
-    @functools.cached_property
-    def abstract(self) -> TrainState:
-        """Shapes and shardings of the state."""
-        return abstract_state(self.make, self.mesh)
-
-    @property
-    def objective(self) -> Objective:
-        return OBJECTIVES[self.config.objective](self.model, self.config, self.generator)
-
-    @property
-    def arrays(self) -> pipeline.Arrays:
-        """What is trained on."""
-        return self.splits[self.config.data.train_split]
-
-    @property
-    def examples(self) -> pipeline.Arrays:
-        """What is scored during training."""
-        return scoring.first_examples(self.splits[self.config.eval.split], self.config.eval.examples)
-
-    @functools.cached_property
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a global batch."""
-        fmt, where = self.format, sharding.batch_sharding(self.mesh)
-        rows = (self.config.batch_groups, self.config.num_instances)
-        numbers = self.config.objective == "regression"
-        shapes = {
-            "inputs": (rows + fmt.input_shape, fmt.input_dtype),
-            "mask": ((*rows, fmt.length), "int32"),
-            "label": ((*rows, fmt.length) if fmt.token_labels else rows, "float32" if numbers else "int32"),
-            "weight": (rows, "float32"),
-        }
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
-
-    def jitted_step(self) -> Any:
-        """The training step, not compiled yet."""
-        return make_step(self.objective, self.tx, self.abstract, self.mesh, self.config.accumulation)
-
-    @property
-    def needed_bytes(self) -> int:
-        """Disk that the run's checkpoints take: those kept and the one being written; and some room for the rest."""
-        state = sum(leaf.size * 4 for leaf in jax.tree.leaves(self.abstract))
-        kept = self.config.checkpoint.keep + self.config.checkpoint.keep_best
-        return state * (kept + 1) + 20_000_000
-
-    @property
-    def peak_share(self) -> float | None:
-        """Share of the machine's peak that one update in a second is; None where the peak is not known."""
-        peak = flops.peak(self.mesh.devices.flat[0])
-        if peak is None:
-            return None
-        keys = {name: jax.eval_shape(lambda: jax.random.key(0)) for name in ("dropout", "corruption")}
-        done = flops.training_flops(
-            lambda params, batch, rngs: self.objective(params, batch, rngs, True),
-            *(self.abstract.params, self.batch_shapes, keys),
-        )
-        return done / (peak * self.mesh.size)
-
-
-def prepare(config: Any, run: Path | None = None) -> Plan:
-    """Checks the config against itself, the data and this machine.
-
-    Args:
-      config: complete config.
-      run: the folder that it is for; paths in the config may be relative to it.
-
-    Raises:
-      InputError: something does not fit.
-    """
-    validate(config)
-    check_boards(config)
-    mesh = sharding.make_mesh(config, config.batch_groups)
-    fmt = pipeline.format_of(config, run)
-    _check_data(config, fmt)
-    plan = assemble(config, fmt, mesh)
-    jax.eval_shape(plan.make, jax.random.key(0))  # Before the data are read: sizes that do not fit show here.
-    splits = pipeline.splits_of(config, fmt)
-    for key in ("data.train_split", "eval.split"):
-        section, name = key.split(".")
-        choose(splits, config[section][name], f"The split {key} =")
-    plan = dataclasses.replace(plan, splits=splits)
-    if config.checkpoint.keep_best:
-        _check_best(plan)
-    return plan
-
-
-def assemble(config: Any, fmt: pipeline.Format, mesh: jax.sharding.Mesh) -> Plan:
-    """The network, optimizer and state of a valid config, for data of the format `fmt`, without the data."""
-    model = build_model(config, fmt)
-    generator = build_generator(config, model)
-    tx = optimizer.make(config)
-    return Plan(config, mesh, fmt, {}, model, generator, tx, state_maker(config, fmt, model, tx, generator))
-
-
-def _check_data(config: Any, fmt: pipeline.Format) -> None:
-    """Raises InputError if the data have not what the objective needs."""
-    needs_tokens = config.objective in ("retrieval", "mlm", "electra")
-    if not fmt.vocab_size and (needs_tokens or config.retrieval_loss_coeff):
-        raise InputError(
-            f"objective = {config.objective!r} with retrieval_loss_coeff = {config.retrieval_loss_coeff} needs tokens, but the data "
-            f"source {config.data.source!r} has feature vectors. Use a text source, or classification without retrieval."
-        )
-    if fmt.corpus and not needs_tokens:
-        raise InputError(
-            f"objective = {config.objective!r} needs labels, but the data source {config.data.source!r} is running text. Use "
-            "'retrieval', 'mlm' or 'electra', or a source with labels."
-        )
-    if config.objective == "tagging" and not fmt.token_labels:
-        raise InputError(
-            f"objective = 'tagging' needs a label for every token, but the data source {config.data.source!r} has one for an example. "
-            "Use 'classification', or a tagging source."
-        )
-    if config.objective == "regression" and fmt.label_names:
-        raise InputError(
-            f"objective = 'regression' predicts a number, but the labels of {config.data.source!r} are classes. Use 'classification'."
-        )
-    if config.demux.prefix == "cut" and config.demux.name == "index" and fmt.length <= config.num_instances + 1:
-        raise InputError(
-            f"demux.prefix = 'cut' takes num_instances + 1 = {config.num_instances + 1} of the data.length = {fmt.length} positions, "
-            "which leaves none. Raise data.length, or use demux.prefix = 'extend'."
-        )
-
-
-def _check_best(plan: Plan) -> None:
-    """Raises InputError if an evaluation has no number of the name that says which checkpoint is best."""
-    config = plan.config
-    if not config.eval.every:
-        raise InputError(
-            f"checkpoint.keep_best = {config.checkpoint.keep_best} needs evaluations during training, but eval.every = 0. Set "
-            "eval.every to a number of steps."
-        )
-    step = scoring.scoring_step(config, plan.model, plan.generator)
-    sums = jax.eval_shape(step, plan.abstract.params, plan.batch_shapes, jax.eval_shape(lambda: jax.random.key(0)))
-    choose(sums, config.checkpoint.best, "The metric checkpoint.best =")
 
 
 def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, int] | None = None) -> None:
@@ -203,8 +43,7 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
     done = checkpoint.newest_step(run)
     if done is None:
         distributed.together(lambda: start.check(config, run, plan.abstract))
-    there = 0 if done is None else checkpoint.used_bytes(run)
-    needed = 0 if done == config.steps else max(plan.needed_bytes - there, 0)
+    needed = 0 if done == config.steps else plan.missing_bytes(run)
     distributed.on_primary(lambda: _claim(plan, run, needed))
     if done == config.steps:
         return
@@ -212,7 +51,7 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
         distributed.on_primary(lambda: stack.enter_context(workdir.lock(run)))
         saves = checkpoint.Checkpoints(run, config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.best)
         stack.enter_context(contextlib.closing(saves))
-        if unsplit := sharding.not_split(jax.eval_shape(plan.make, jax.random.key(0)).params, plan.mesh):
+        if unsplit := sharding.not_split(plan.boxed.params, plan.mesh):
             print(f"Whole on every device, as sizes do not divide over the mesh: {'; '.join(unsplit)}", flush=True)
         _Loop(plan, run, saves, profile).run(label)
 
@@ -236,8 +75,9 @@ class _Loop:
     def __init__(self, plan: Plan, run: Path, saves: checkpoint.Checkpoints, profile: tuple[int, int] | None) -> None:
         config = plan.config
         self._plan, self._config, self._run, self._saves, self._profile = plan, config, run, saves, profile
-        fresh = born_sharded(plan.make, config.seed, plan.mesh)
-        self._state, position = start.initial_state(config, run, saves, fresh)
+        self._state, position = start.initial_state(
+            config, run, saves, plan.abstract, lambda: born_sharded(plan.make, config.seed, plan.mesh)
+        )
         self._data = pipeline.train_iterator(
             plan.arrays,
             groups=config.batch_groups,

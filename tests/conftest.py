@@ -14,7 +14,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import pytest
 from absl import logging
 
-from configs import common, quickstart
+from configs import common
 
 logging.set_verbosity(logging.ERROR)
 
@@ -22,7 +22,7 @@ logging.set_verbosity(logging.ERROR)
 def small_config(n: int = 2, **changes):
     """A network that compiles fast, on the digits; `changes` are dotted keys with `__` for the dot."""
     config = common.get_config()
-    config.update(quickstart.instances(n))
+    config.update(common.instances(n))
     config.model.update({"hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32})
     config.update({"batch_groups": 8, "steps": 6, "log_every": 2})
     config.optimizer.warmup_steps = 2

@@ -53,7 +53,7 @@ def test_all_runs_are_trained_evaluated_and_compared(finished):
 
 def test_the_same_command_again_trains_and_measures_nothing(finished, monkeypatch):
     folder, contents = finished
-    monkeypatch.setattr("datamux_jax.train.make_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr("datamux_jax.plan.make_step", lambda *args: pytest.fail("trained again"))
     monkeypatch.setattr(experiment, "throughput", lambda *args, **kwargs: pytest.fail("measured again"))
     assert experiment.run(two_stages(), folder) == contents
 

@@ -17,7 +17,8 @@ from tests.conftest import small_config
 
 SCRIPT = """
 import json, sys, jax, numpy as np
-from datamux_jax import sharding, step, train
+from datamux_jax import sharding, step
+from datamux_jax.plan import prepare
 from datamux_jax.data import pipeline
 from tests.conftest import text_config
 
@@ -28,7 +29,7 @@ def losses(mesh_shape, devices, steps):
     if devices is not None:
         one = jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1), sharding.AXES)
         sharding.make_mesh = lambda *_: one
-    plan = train.prepare(config)
+    plan = prepare(config)
     sharding.make_mesh = make_mesh
     state = step.born_sharded(plan.make, 0, plan.mesh)
     local = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))

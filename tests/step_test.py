@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from datamux_jax import flops, optimizer, sharding, train
+from datamux_jax import flops, optimizer, sharding
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError
+from datamux_jax.plan import prepare
 from datamux_jax.step import CompiledStep, born_sharded, make_step
 from tests.conftest import small_config, text_config
 
@@ -31,7 +32,7 @@ OBJECTIVES = {
 
 def updates(config, count, accumulation=1):
     """The state and the sums after some updates."""
-    plan = train.prepare(config)
+    plan = prepare(config)
     state = born_sharded(plan.make, 0, plan.mesh)
     data = pipeline.train_iterator(plan.arrays, groups=config.batch_groups, instances=config.num_instances, seed=0)
     step = jax.jit(make_step(plan.objective, plan.tx, plan.abstract, plan.mesh, accumulation))
@@ -47,7 +48,7 @@ def test_micro_batches_make_the_update_of_the_whole_batch(name):
     """SGD: its updates show gradients as they are, where Adam would blow up their rounding."""
     usual = {"objective": name, "generator__hidden_size": 16, "generator__num_layers": 1}
     config = text_config(2, batch_groups=8, **(usual | OBJECTIVES[name]))
-    plan = train.prepare(config)
+    plan = prepare(config)
     batch = sharding.put_batch(next(pipeline.train_iterator(plan.arrays, groups=8, instances=2, seed=0)), plan.mesh)
     batch["weight"] = batch["weight"].at[1, 0].set(0.0)  # Micro-batches of unequal weight.
     results = []
@@ -64,7 +65,7 @@ def test_micro_batches_make_the_update_of_the_whole_batch(name):
 
 def test_the_pass_that_weighs_micro_batches_costs_nothing():
     """XLA counts a loop's body once, so two micro-batches are half of the work; the weighing pass would be a third of it more."""
-    plan = train.prepare(text_config(2, objective="mlm", model__hidden_size=64, model__mlp_dim=256, model__num_layers=2))
+    plan = prepare(text_config(2, objective="mlm", model__hidden_size=64, model__mlp_dim=256, model__num_layers=2))
     cost = {}
     for count in (1, 2):
         lowered = make_step(plan.objective, plan.tx, plan.abstract, plan.mesh, count).lower(plan.abstract, plan.batch_shapes)
@@ -73,7 +74,7 @@ def test_the_pass_that_weighs_micro_batches_costs_nothing():
 
 
 def test_batches_of_another_shape_are_refused_not_compiled():
-    plan = train.prepare(small_config())
+    plan = prepare(small_config())
     state = born_sharded(plan.make, 0, plan.mesh)
     batch = sharding.put_batch(next(pipeline.train_iterator(plan.arrays, groups=8, instances=2, seed=0)), plan.mesh)
     step = CompiledStep(plan.jitted_step(), state, batch)
@@ -86,7 +87,7 @@ def test_batches_of_another_shape_are_refused_not_compiled():
 
 def test_the_shapes_of_a_plan_are_those_of_its_batches():
     for config in (small_config(), text_config(), text_config(objective="mlm")):
-        plan = train.prepare(config)
+        plan = prepare(config)
         batch = next(pipeline.train_iterator(plan.arrays, groups=8, instances=2, seed=0))
         assert {name: (x.shape, x.dtype) for name, x in plan.batch_shapes.items()} == {
             name: (x.shape, jnp.asarray(x).dtype) for name, x in batch.items()
@@ -130,7 +131,7 @@ def test_the_published_rule_trains_and_leaves_frozen_leaves():
 @pytest.mark.parametrize("scan", [False, True])
 def test_operations_are_those_of_the_matrix_products(scan):
     config = text_config(2, objective="mlm", model__num_layers=2, scan_layers=scan)
-    plan = train.prepare(config)
+    plan = prepare(config)
     keys = {name: jax.random.key(0) for name in ("corruption", "dropout")}
     found = flops.matmul_flops(lambda p, b: plan.objective(p, b, keys, True), plan.abstract.params, plan.batch_shapes)
     b, n, length, d, mlp, vocab = 8, 2, 12, 16, 32, 260

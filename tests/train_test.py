@@ -16,7 +16,7 @@ import pytest
 
 from datamux_jax import checkpoint, curves, optimizer, workdir
 from datamux_jax.errors import InputError, Interrupted
-from datamux_jax.metrics_log import MetricsLog
+from datamux_jax.metrics_log import MetricsLog, read_lines
 from datamux_jax.runs import load_run
 from datamux_jax.train import stop_signals, train
 from tests.conftest import small_config, text_config
@@ -315,9 +315,9 @@ def test_weights_and_biases_must_be_installed_to_be_used(tmp_path):
 def test_curves_of_training_and_evaluation(tmp_path):
     config = text_config(steps=4, log_every=1, eval__every=2, eval__examples=60)
     train(config, tmp_path / "run")
-    assert [step for step, _ in curves.read(tmp_path / "run", "accuracy")] == [1, 2, 3, 4]
-    assert [step for step, _ in curves.read(tmp_path / "run", "eval_accuracy")] == [2, 4]
-    assert curves.read(tmp_path / "nothing", "accuracy") == []
+    assert [step for step, _ in curves.points(read_lines(tmp_path / "run"), "accuracy")] == [1, 2, 3, 4]
+    assert [step for step, _ in curves.points(read_lines(tmp_path / "run"), "eval_accuracy")] == [2, 4]
+    assert curves.points(read_lines(tmp_path / "nothing"), "accuracy") == []
     assert curves.plot(tmp_path / "curves.png", {"a": tmp_path / "run"}, "title")
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert not curves.plot(tmp_path / "none.png", {"a": tmp_path / "nothing"}, "title")

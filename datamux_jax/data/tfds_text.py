@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from absl import logging
 
 from datamux_jax.data import cache
 from datamux_jax.errors import InputError
+from datamux_jax.progress import quiet
 
 FILE_FORMAT = "array_record"
 BATCH = 256  # Records that are read at once.
@@ -73,17 +73,6 @@ class TfdsText:
                     yield number, text.strip(), number + 1
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The library warns on stderr about what is an InputError here."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def _builder(data: Any) -> Any:
     """The builder of a data set that is prepared as array_record."""
     if not data.name:
@@ -94,7 +83,7 @@ def _builder(data: Any) -> Any:
     import tensorflow_datasets.text  # Registers wikipedia, wiki40b, c4 and others.
 
     folder = os.path.expanduser(data.path) or None
-    with _quiet():
+    with quiet(logging.ERROR):  # The library warns on stderr about what is an InputError here.
         try:
             builder = tfds.builder(data.name, data_dir=folder)
         except (ValueError, AssertionError, OSError) as error:  # AssertionError: no such version.

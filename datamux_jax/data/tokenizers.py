@@ -97,7 +97,7 @@ class ByteTokenizer:
 
     def special_tokens(self, num_instances: int, family: str) -> tuple[SpecialTokens, int]:
         """As `Tokenizer.special_tokens`; no family publishes a vocabulary of bytes."""
-        return _tokens_behind(self.vocab_size, num_instances, self.pad_id, self.cls_id, self.sep_id, self.mask_id)
+        return tokens_behind(self.vocab_size, num_instances, self.pad_id, self.cls_id, self.sep_id, self.mask_id)
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens, `[CLS]` included. There is no `[SEP]`."""
@@ -182,7 +182,7 @@ class SubwordTokenizer:
         published = published_tokens(family, size, num_instances)
         if (self.vocab_size, *self._special_ids) == (size, published.pad, published.cls, published.sep, published.mask):
             return published, size
-        return _tokens_behind(self.vocab_size, num_instances, *self._special_ids)
+        return tokens_behind(self.vocab_size, num_instances, *self._special_ids)
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens. A text is cut so that its `[SEP]` stays.
@@ -309,7 +309,7 @@ def _train(kind: str, data: Any, corpus: Corpus, entry: Path) -> None:
         tokenizer.save(entry)  # Last: where this file is, the entry is complete.
 
 
-def _tokens_behind(vocab_size: int, num_instances: int, pad: int, cls: int, sep: int, mask: int) -> tuple[SpecialTokens, int]:
+def tokens_behind(vocab_size: int, num_instances: int, pad: int, cls: int, sep: int, mask: int) -> tuple[SpecialTokens, int]:
     """Special tokens, with the filler and index tokens behind the vocabulary, and the size with them.
 
     The size is rounded up to a multiple of 8, so that the table divides over the axes of usual meshes.
