@@ -41,6 +41,8 @@ class Format:
       tokens: ids of the special tokens; None for feature inputs.
       token_labels: labels belong to tokens, not to examples.
       corpus: fingerprint of the running text that was cut into chunks; empty where examples are texts or features.
+      inputs: what an example is: "text", "pair" of texts, "words", or "features".
+      metrics: what is reported of predictions, keys of `task_metrics.METRICS`.
     """
 
     label_names: tuple[str, ...]
@@ -51,6 +53,8 @@ class Format:
     tokens: SpecialTokens | None = None
     token_labels: bool = False
     corpus: str = ""
+    inputs: str = "text"
+    metrics: tuple[str, ...] = ("accuracy",)
 
     def save(self, run: Path) -> None:
         """Writes `format.json` and, for texts, the tokenizer into the folder of a run."""
@@ -81,7 +85,8 @@ class Format:
                 "a copy."
             )
         tokens = fields["tokens"] and SpecialTokens(**fields["tokens"])
-        return cls(**{**fields, "label_names": tuple(fields["label_names"]), "tokens": tokens, "tokenizer": tokenizer})
+        names, metrics = tuple(fields["label_names"]), tuple(fields["metrics"])
+        return cls(**{**fields, "label_names": names, "metrics": metrics, "tokens": tokens, "tokenizer": tokenizer})
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -149,7 +154,7 @@ def format_of(config: Any, run: Path | None = None) -> Format:
     source = None if running else sources.load(data.source)
     first = None if source is None else next(iter(source.splits.values())).inputs
     if source is not None and isinstance(first, np.ndarray):
-        fmt = Format(source.label_names, first.shape[1], feature_size=first.shape[2])
+        fmt = Format(source.label_names, first.shape[1], feature_size=first.shape[2], inputs="features")
         if data.length not in (0, fmt.length):
             raise InputError(
                 f"data.length = {data.length}, but the source {data.source!r} has inputs of length {fmt.length}. "

@@ -18,10 +18,15 @@ from datamux_jax.errors import InputError, choose
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """One split: `inputs`, a list of texts or an array of features `[n, L, F]`, and integer `labels` `[n]`."""
+    """One split.
 
-    inputs: list[str] | np.ndarray
-    labels: np.ndarray
+    Attributes:
+      inputs: texts; pairs of texts; lists of words; or features `[n, L, F]`.
+      labels: classes `[n]`, int32; numbers `[n]`, float32; or, of words, one int32 array an example.
+    """
+
+    inputs: list[str] | list[tuple[str, str]] | list[list[str]] | np.ndarray
+    labels: np.ndarray | list[np.ndarray]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -29,10 +34,11 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set: its splits, and what the labels mean."""
+    """A data set: its splits, what the labels mean (no names: numbers), and what is reported."""
 
     splits: Mapping[str, Examples]
     label_names: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
 
     def split(self, name: str) -> Examples:
         """Raises InputError, with the choices, if there is no such split."""
