@@ -16,75 +16,52 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from datamux_jax import distributed
+from datamux_jax import distributed, saved
 from datamux_jax.errors import InputError
 from datamux_jax.progress import quiet
 
-FOLDER = "checkpoints"
 DAMAGED = ".damaged"
-LOWER_IS_BETTER = ("loss", "error")
 Result = TypeVar("Result")
 
 
 class Checkpoints:
-    """The checkpoints below `run`: parameters, the rest of the state, and the data position together, written asynchronously.
+    """The checkpoints below `run`: parameters, the rest of the state, and a record (`saved.py`) together, written asynchronously.
 
     A checkpoint appears under its final name only when it is complete, so a kill at any moment leaves the older ones good. Each holds
     a checksum of every array. What cannot be read, or reads as something else than was written, is reported, and the checkpoint
     before it takes its place.
 
+    Among several processes all methods are called by all.
+
     Args:
       run: folder of the run.
-      keep: newest checkpoints that stay.
-      keep_best: best checkpoints that stay besides.
-      best: metric that says which is best; needed with `keep_best`.
+      config: of the run; says which checkpoints stay, and which is best. None: the newest stays.
       read_only: for reading alone, also while another process writes.
     """
 
-    def __init__(self, run: Path, keep: int = 1, keep_best: int = 0, best: str = "", *, read_only: bool = False) -> None:
-        self._run, self._folder, self._read_only = run, (run / FOLDER).absolute(), read_only
-        self._track_best = keep_best > 0
-        lower = best.endswith(LOWER_IS_BETTER)
-
-        def score(metrics: dict[str, float]) -> float:
-            return -metrics[best] if lower else metrics[best]
-
+    def __init__(self, run: Path, config: Any = None, *, read_only: bool = False) -> None:
+        self._run, self._folder, self._config, self._read_only = run, (run / saved.FOLDER).absolute(), config, read_only
         options: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
         if not read_only:
-            policies: list[Any] = [preservation_policy.LatestN(keep)]
-            if keep_best:
-                policies.append(
-                    preservation_policy.BestN(n=keep_best, get_metric_fn=score, keep_checkpoints_without_metrics=False)
-                )
-            policy = preservation_policy.AnyPreservationPolicy(policies)
-            options = {"preservation_policy": policy, "create": True, "cleanup_tmp_directories": True}
-        if self._track_best:
-            options |= {"best_fn": score, "best_mode": "max"}
+            options = {"preservation_policy": _policy(config), "create": True, "cleanup_tmp_directories": True}
         with quiet():
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(**options),
-                # Named here, an item's metadata can be read without restoring it.
                 item_handlers={
                     "params": ocp.StandardCheckpointHandler(),
                     "rest": ocp.StandardCheckpointHandler(),
-                    "run": ocp.JsonCheckpointHandler(),
+                    saved.RECORD: ocp.JsonCheckpointHandler(),
                 },
             )
 
-    @property
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
-    @property
-    def chosen_step(self) -> int | None:
-        """The step to use: the best one if scores are kept, otherwise the newest."""
-        if self._track_best and (best := self._manager.best_step()) is not None:
-            return best
-        return self.latest_step
-
     def save(
-        self, step: int, params: Any, rest: Any = None, position: Any = None, metrics: dict[str, float] | None = None
+        self,
+        step: int,
+        params: Any,
+        rest: Any = None,
+        host: dict[str, Any] | None = None,
+        scores: dict[str, float] | None = None,
     ) -> None:
         """Starts to save; returns as soon as the state is copied. Parameters alone make a run to start from, not to resume.
 
@@ -92,8 +69,8 @@ class Checkpoints:
           step: the number of updates so far.
           params: parameters.
           rest: rest of the state.
-          position: of the data iterator, as JSON has it.
-          metrics: of an evaluation at this step.
+          host: what the host needs to go on, as JSON has it.
+          scores: of an evaluation at this step.
 
         Raises:
           InputError: the disk is full. The checkpoints before stay good.
@@ -101,10 +78,11 @@ class Checkpoints:
         items: dict[str, Any] = {"params": ocp.args.StandardSave(params)}
         if rest is not None:
             items["rest"] = ocp.args.StandardSave(rest)
-        about = {"checksums": checksums({"params": params, "rest": rest}), "position": position}
-        items["run"] = ocp.args.JsonSave(about)
+        tree = {"params": params, "rest": rest}
+        record = {"checksums": checksums(tree), "shapes": shapes(tree), "host": host, "scores": scores}
+        items[saved.RECORD] = ocp.args.JsonSave(record)
         with _explain_full_disk(self._folder), quiet():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
 
     def restore(self, params: Any, rest: Any) -> tuple[int, Any, Any, Any]:
         """Restores the newest intact checkpoint; damaged ones after it are moved aside.
@@ -114,79 +92,71 @@ class Checkpoints:
           rest: abstract rest of the state with shardings.
 
         Returns:
-          Its step, parameters, rest of the state, and data position.
+          Its step, parameters, rest of the state, and what the host needs.
 
         Raises:
           InputError: none is intact.
         """
-
-        def read(step: int) -> tuple[int, Any, Any, Any]:
-            items = ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest), run=ocp.args.JsonRestore()
-            )
-            restored = self._manager.restore(step, args=items)
-            return step, restored["params"], restored["rest"], restored["run"]
-
-        def check(found: tuple[int, Any, Any, Any]) -> None:
-            verify({"params": found[1], "rest": found[2]}, found[3]["checksums"])
-
-        step, params, rest, run = self._first_intact(read, self.latest_step, check)
-        return step, params, rest, run["position"]
+        step, found = self._first_intact(saved.newest_step, {"params": params, "rest": rest})
+        return step, found["params"], found["rest"], found[saved.RECORD]["host"]
 
     def restore_params(self, params: Any) -> tuple[int, Any]:
-        """Restores the parameters of the chosen checkpoint alone, and says which step it is.
+        """Restores the parameters of the chosen checkpoint alone (`saved.chosen_step`), and says which step it is.
 
         Raises:
           InputError: none is intact.
         """
+        step, found = self._first_intact(functools.partial(saved.chosen_step, config=self._config), {"params": params})
+        return step, found["params"]
 
-        def read(step: int) -> tuple[int, Any, Any]:
-            items = ocp.args.Composite(params=ocp.args.StandardRestore(params), run=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=items)
-            return step, restored["params"], restored["run"]
+    def newest_intact(self, params: Any) -> int:
+        """The step of the newest checkpoint whose parameters can be read; damaged ones after it are moved aside.
 
-        def check(found: tuple[int, Any, Any]) -> None:
-            verify({"params": found[1]}, found[2]["checksums"])
-
-        return self._first_intact(read, self.chosen_step, check)[:2]
-
-    def params_metadata(self) -> Any:
-        """Shapes and types of the chosen checkpoint's parameters, as a tree."""
-        return self._first_intact(lambda step: self._manager.item_metadata(step)["params"].tree, self.chosen_step)
-
-    def items(self) -> set[str]:
-        """What the newest checkpoint holds: `params`, and in a training run `rest`."""
-        folder = self._folder / str(self.latest_step)
-        return {path.name for path in folder.iterdir() if path.is_dir()}
-
-    def _first_intact(
-        self, read: Callable[[int], Result], first: int | None, check: Callable[[Result], None] = lambda found: None
-    ) -> Result:
-        """`read` of the first step for which it succeeds, and `check` after it: `first`, then the others, newest first.
-
-        `check` may compute on all devices, so it starts only where every process has read its part.
+        Raises:
+          InputError: there is none.
         """
-        steps = sorted(self._manager.all_steps(), key=lambda step: (step == first, step), reverse=True)
+        return self._first_intact(saved.newest_step, {"params": params})[0]
+
+    def _first_intact(self, first: Callable[[Path], int | None], abstract: dict[str, Any]) -> tuple[int, Any]:
+        """The first checkpoint that can be read and is what was written: `first`, then the others, newest first."""
+
+        def read(step: int) -> Any:
+            items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+            return self._manager.restore(step, args=ocp.args.Composite(**items, **{saved.RECORD: ocp.args.JsonRestore()}))
+
+        def check(found: Any) -> None:
+            verify({name: found[name] for name in abstract}, found[saved.RECORD]["checksums"])
+
         damaged: dict[int, str] = {}
-        for step in steps:
+        seen: set[int] = set()
+        # Process 0 looks for all: each could find something else while another process writes, or see an older state of a shared disk.
+        while untried := distributed.from_primary(lambda: self._untried(first, seen)):
+            seen.add(step := untried[0])
             try:
+                # `check` computes on all devices, so it starts only where every process has read its part.
                 with quiet():
-                    result = distributed.together(functools.partial(_explained, read, step))
-                    distributed.together(functools.partial(_explained, check, result))
-            except Unreadable as error:
-                damaged[step] = str(error)
-                continue
-            except InputError:
-                damaged[step] = "another process cannot read its part"
-                continue
+                    found = distributed.together(functools.partial(_explained, read, step))
+                    distributed.together(functools.partial(_explained, check, found))
+            except InputError as error:
+                if distributed.from_primary(functools.partial(self._has, step)):
+                    damaged[step] = str(error) if isinstance(error, Unreadable) else "another process cannot read its part"
+                continue  # What is gone was deleted by the process that trains there, which has written a newer one.
             if damaged:
                 self._report(damaged, step)
-            return result
+            return step, found
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
         raise InputError(
             f"No checkpoint in {self._folder} can be read ({reasons or 'there is none'}). Restore the folder from a copy, or start "
             "again in a new --workdir."
         )
+
+    def _has(self, step: int) -> bool:
+        return step in saved.steps(self._run)
+
+    def _untried(self, first: Callable[[Path], int | None], seen: set[int]) -> list[int]:
+        chosen = first(self._run)
+        there = sorted(saved.steps(self._run), key=lambda step: (step == chosen, step), reverse=True)
+        return [step for step in there if step not in seen]
 
     def _report(self, damaged: dict[int, str], used: int) -> None:
         for step, reason in damaged.items():
@@ -216,11 +186,48 @@ class Checkpoints:
             self._manager.close()
 
 
+def reader(run: Path, config: Any = None) -> Checkpoints:
+    """The checkpoints of an existing run, for reading.
+
+    Args:
+      run: its folder.
+      config: of the run; says whether the best checkpoint is used. Default: the newest.
+
+    Raises:
+      InputError: there are none.
+    """
+    distributed.on_primary(lambda: _require(run))
+    return Checkpoints(run, config, read_only=True)
+
+
+def _require(run: Path) -> None:
+    saved.record(run)
+
+
+def _policy(config: Any) -> Any:
+    """Which checkpoints stay."""
+    if config is None:
+        return preservation_policy.LatestN(1)
+    policies: list[Any] = [preservation_policy.LatestN(config.checkpoint.keep)]
+    if config.checkpoint.keep_best:
+        score = functools.partial(saved.best, name=config.checkpoint.best)
+        best = preservation_policy.BestN(
+            n=config.checkpoint.keep_best, get_metric_fn=score, keep_checkpoints_without_metrics=False
+        )
+        policies.append(best)
+    return preservation_policy.AnyPreservationPolicy(policies)
+
+
 def checksums(tree: Any) -> dict[str, int]:
     """A number for every array of a tree, by path, that depends on every bit and its place, but not on shardings."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     values = np.asarray(jax.device_get(_checksums([leaf for _, leaf in leaves])))
     return {_name(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
+
+
+def shapes(tree: Any) -> dict[str, tuple[list[int], str]]:
+    """Shape and type of every array of a tree, by path."""
+    return {_name(path): (list(leaf.shape), str(leaf.dtype)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def verify(tree: Any, expected: dict[str, int]) -> None:
@@ -284,49 +291,3 @@ class _explain_full_disk:
                     "Free some space and give the same command again; it goes on from the last one."
                 ) from error
             seen = seen.__cause__ or seen.__context__
-
-
-def run_checkpoints(run: Path, config: Any = None) -> Checkpoints:
-    """The checkpoints of an existing run, for reading.
-
-    Args:
-      run: its folder.
-      config: of the run; says whether the best checkpoint is used. Default: the newest.
-
-    Raises:
-      InputError: there are none.
-    """
-    if not (run / FOLDER).is_dir():
-        problem = "holds no checkpoint yet" if run.is_dir() else "is not the folder of a run"
-        raise InputError(f"{run} {problem}. Let its training go on until it has saved one, or name another run.")
-    found = _reader(run, config)
-    if found.latest_step is None:
-        raise InputError(f"{run} holds no complete checkpoint. Let its training go on until it has saved one.")
-    return found
-
-
-def _reader(run: Path, config: Any) -> Checkpoints:
-    if config is None:
-        return Checkpoints(run, read_only=True)
-    return Checkpoints(run, keep_best=config.checkpoint.keep_best, best=config.checkpoint.best, read_only=True)
-
-
-def chosen_step(run: Path, config: Any) -> int | None:
-    """The step that evaluation and prediction use: the best if the run keeps the best, otherwise the newest; None if there is none."""
-    if not (run / FOLDER).is_dir():
-        return None
-    with contextlib.closing(_reader(run, config)) as found:
-        return found.chosen_step
-
-
-def used_bytes(run: Path) -> int:
-    """Disk that the checkpoints of a run take."""
-    return sum(path.stat().st_size for path in (run / FOLDER).rglob("*") if path.is_file())
-
-
-def newest_step(run: Path) -> int | None:
-    """The step of the newest complete checkpoint of the run in `run`; None if there is none, or no such folder."""
-    if not (run / FOLDER).is_dir():
-        return None
-    with contextlib.closing(Checkpoints(run, read_only=True)) as found:
-        return found.latest_step

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from datamux_jax import checkpoint, hf, hf_config, sharding, workdir
+from datamux_jax import checkpoint, hf, hf_config, saved, sharding, workdir
 from datamux_jax.build import HEADS, build_generator, count_params, init_params
 from datamux_jax.config import validate
 from datamux_jax.data import tokenizers
@@ -92,7 +92,7 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
     published = hf.read_json(path)
     config = hf_config.to_config(published, str(path), base, objective=objective)
     validate(config)
-    if checkpoint.newest_step(run) is not None or (run / workdir.CONFIG).exists():
+    if saved.newest_step(run) is not None or (run / workdir.CONFIG).exists():
         raise InputError(f"--workdir={run} holds a run already. Choose a new folder; nothing was changed.")
     fmt = _format(config, published, _tokenizer(source, config, published))
     model = build_model(config, fmt)

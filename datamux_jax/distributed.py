@@ -5,9 +5,11 @@ Every process runs the same program. Process 0 alone writes configs, metrics and
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -15,10 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from datamux_jax.errors import InputError, Unavailable
+from datamux_jax.errors import InputError, Interrupted, Unavailable
 
 Result = TypeVar("Result")
 _barriers = itertools.count()  # Every barrier has a name of its own.
+_asked = itertools.count(1)
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
 
@@ -137,11 +140,67 @@ def on_primary(action: Callable[[], None]) -> None:
     together(action if is_primary() else lambda: None)
 
 
-def reached_stop(step: int, asked: bool) -> bool:
-    """Whether to stop before `step + 1`: this process was asked to; or, among several, whether all have agreed on this very step.
+def from_primary(action: Callable[[], Result]) -> Result:
+    """What `action` gives on process 0, on all; for choices that must not differ because one sees an older state of a shared disk.
 
-    JAX's coordination service watches for SIGTERM on every host and chooses a step that none has passed.
+    Args:
+      action: gives what JSON has.
+
+    Raises:
+      InputError: from `action`.
+    """
+    if jax.process_count() == 1:
+        return action()
+    answer = bytearray()
+    on_primary(lambda: answer.extend(json.dumps(action()).encode()))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(answer))))
+    content = np.frombuffer(bytes(answer).ljust(size, b" "), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(content)).astype(np.uint8).tobytes())
+
+
+def check_same(texts: Mapping[str, str]) -> None:
+    """Checks that all processes have the same texts, by name: the config, the data.
+
+    Raises:
+      InputError: on every process, if one of them has another text than process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    ours = np.stack(
+        [np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint8) for text in texts.values()]
+    )
+    all_PxKx8 = np.asarray(multihost_utils.process_allgather(ours))
+    different = (all_PxKx8 != all_PxKx8[:1]).any(-1)
+    if different.any():
+        which = "; ".join(
+            f"{name}: process {', '.join(map(str, np.flatnonzero(column)))}"
+            for name, column in zip(texts, different.T, strict=True)
+            if column.any()
+        )
+        raise InputError(
+            f"Processes differ from process 0 ({which}), so they would train different networks. Give the same command on every host, "
+            "with the same versions of the packages and the same files."
+        )
+
+
+def reached_stop(asked: bool) -> bool:
+    """Whether to stop here: this process was asked to; or, among several, whether all have agreed to stop at this very call.
+
+    JAX's coordination service watches for SIGTERM on every host and chooses a call that none has passed, so all processes call this
+    equally often.
     """
     if jax.process_count() == 1:
         return asked
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    return bool(multihost_utils.reached_preemption_sync_point(next(_asked)))
+
+
+def stop_if_asked(where: str) -> None:
+    """Among several processes, ends all of them if one was told to stop; for work that is simply done again.
+
+    A single process needs no such call: the signal ends it at once.
+
+    Raises:
+      Interrupted: one was.
+    """
+    if reached_stop(False):
+        raise Interrupted(f"Stopped {where}. What was saved stays; the same command goes on from there.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from datamux_jax import checkpoint, distributed, metrics, scoring, workdir
+from datamux_jax import distributed, metrics, saved, scoring, workdir
 from datamux_jax.build import build_generator
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
@@ -84,7 +84,7 @@ def evaluate_run(path: Path, *, split: str = "", groupings: int = 0, label: str 
     file = path / f"eval{suffix(config, split, groupings)}.json"
     if file.exists():
         old = workdir.read_json(file)
-        if old.get("step") == checkpoint.chosen_step(path, config):
+        if old.get("step") == saved.chosen_step(path, config):
             return old
     result = evaluate(load_run(path), split=split, groupings=groupings, label=label)
     distributed.on_primary(lambda: workdir.write_json(file, result))

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import ml_collections
 
-from datamux_jax import checkpoint, distributed, report, start, workdir
+from datamux_jax import distributed, report, saved, start, workdir
 from datamux_jax.baselines import BASELINES
 from datamux_jax.benchmark import throughput
-from datamux_jax.checkpoint import newest_step
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
@@ -47,7 +46,7 @@ def expand(config: ml_collections.ConfigDict, flags: Mapping[str, Any] | None = 
     if not isinstance(config.runs, tuple | list):
         raise InputError(f"runs = {config.runs!r} is no list of names. Leave it to the config file.")
     for name in (*config.runs, *config.overrides):
-        if name not in config.runs or not re.fullmatch(r"[\w-]+", name) or name == checkpoint.FOLDER:
+        if name not in config.runs or not re.fullmatch(r"[\w-]+", name) or name == saved.FOLDER:
             raise InputError(
                 f"{name!r} is no name of a run, or only overrides name it. Run names are letters, digits, '_' and '-', and each key of "
                 f"overrides is one of runs = {tuple(config.runs)}."
@@ -109,7 +108,7 @@ def run(
     """
     folder = Path(folder)
     runs = expand(config, flags)
-    steps = {name: newest_step(folder / name) for name in runs}
+    steps = distributed.from_primary(lambda: {name: saved.newest_step(folder / name) for name in runs})
     for one in runs.values():
         validate(one)  # Of all runs, before the data of the first are read.
     needed = 0
@@ -122,7 +121,7 @@ def run(
         # A run that starts from an earlier one of this experiment is checked when its turn comes.
         waits = one.init_from and Path(os.path.normpath(folder / name / one.init_from)) in ours
         if steps[name] is None and not waits:
-            distributed.together(functools.partial(start.check, one, folder / name, plan.abstract))
+            distributed.on_primary(functools.partial(start.check, one, folder / name, plan.abstract))
     if config.baseline:
         choose(BASELINES, config.baseline, "The config value baseline =")
         for name, one in runs.items():
@@ -135,7 +134,9 @@ def run(
             distributed.on_primary(lambda: workdir.claim(folder, config, needed_bytes=needed))
             distributed.on_primary(lambda: stack.enter_context(workdir.lock(folder)))
         for name, one in runs.items():
+            distributed.stop_if_asked(f"before {name or 'training'}")
             train(one, folder / name, label=name or "train", profile=profile)
+            distributed.stop_if_asked(f"before the evaluation of {name or folder}")
             evaluate_run(folder / name, label=f"{name} evaluate".strip())
         return compare(folder)
 
@@ -174,10 +175,9 @@ def compare(folder: Path, *, split: str = "", groupings: int = 0) -> dict[str, A
 def _measured(folder: Path, config: Any, configs: Mapping[str, Any], steps: Mapping[str, int]) -> dict[str, Any]:
     """What was measured beside accuracy, from disk if it belongs to the same checkpoints."""
     file = folder / MEASURED
-    if file.exists():
-        old = workdir.read_json(file)
-        if old.get("steps") == steps:
-            return old
+    old = distributed.from_primary(lambda: workdir.read_json(file) if file.exists() else {})
+    if old.get("steps") == steps:
+        return old
     classifiers = {name: load_run(folder / name) for name, one in configs.items() if one.objective == "classification"}
     # Throughput is that of one process; several would measure how they wait for each other.
     alone = jax.process_count() == 1

@@ -40,14 +40,25 @@ class MetricsLog:
       positions: `L`, positions of an instance.
       peak_share: share of the peak that one update in a second is; None where the peak is not known.
       write: whether this process writes; the others only check.
+      window: of the checkpoint that the run goes on from.
     """
 
     def __init__(
-        self, run: Path, done: int, config: Any, *, positions: int, peak_share: float | None = None, write: bool = True
+        self,
+        run: Path,
+        done: int,
+        config: Any,
+        *,
+        positions: int,
+        peak_share: float | None = None,
+        write: bool = True,
+        window: dict[str, Any] | None = None,
     ) -> None:
         self._path, self._config = run / FILE, config
         self._positions, self._peak_share, self._write = positions, peak_share, write
-        self._parts: list[Any] = []
+        self._sums: metrics.Totals = {
+            name: (np.array(total), np.array(weight)) for name, (total, weight) in (window or {}).items()
+        }
         self._text = ""
         self._waited = 0.0
         self._clock, self._since = time.monotonic(), done
@@ -62,6 +73,11 @@ class MetricsLog:
             self._boards.append(_TensorBoard(run / TENSORBOARD, done))
         if config.wandb:
             self._boards.append(_WeightsAndBiases(run, config))
+
+    @property
+    def window(self) -> dict[str, Any]:
+        """Sums of the steps after the last line, as JSON has them: a line says the same whether a run was interrupted or not."""
+        return {name: (total.tolist(), weight.tolist()) for name, (total, weight) in self._sums.items()}
 
     def restart_clock(self, done: int) -> None:
         """Forgets the time up to step `done`: compilation says nothing about the rate."""
@@ -88,10 +104,10 @@ class MetricsLog:
     def add(self, done: int, sums: Any) -> str:
         """Takes the sums of step `done`; returns the numbers for the progress line."""
         self.check(sums, done)
-        self._parts.append(sums)
+        self._sums = metrics.merge([self._sums, sums])
         if done % self._config.log_every == 0 or done == self._config.steps:
             now = time.monotonic()
-            means = metrics.means(metrics.merge(self._parts))
+            means = metrics.means(self._sums)
             seconds = max(now - self._clock, 1e-9)
             updates = done - self._since
             instances = updates * self._config.batch_groups * self._config.num_instances / seconds
@@ -105,7 +121,7 @@ class MetricsLog:
             if updates and self._peak_share is not None:
                 line["mfu"] = self._peak_share * updates / seconds
             self.write(done, line)
-            self._parts, self._clock, self._since, self._waited = [], now, done, 0.0
+            self._sums, self._clock, self._since, self._waited = {}, now, done, 0.0
             self._text = _summary(means, instances)
         return self._text
 

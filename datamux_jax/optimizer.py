@@ -41,6 +41,13 @@ def frozen(params: Any, learn_mux: bool) -> Any:
     return _by_path(params, lambda path: path[-1] == "instance_embedding" and not learn_mux)
 
 
+def norm(gradients: Any, learn_mux: bool) -> jax.Array:
+    """The global norm of what the optimizer uses: gradients of frozen leaves are left out, as clipping leaves them out."""
+    return optax.tree.norm(
+        jax.tree.map(lambda g, f: jnp.zeros((), g.dtype) if f else g, gradients, frozen(gradients, learn_mux))
+    )
+
+
 def make(config: Any) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW; frozen leaves get no update and no moments.
 

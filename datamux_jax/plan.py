@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from datamux_jax import checkpoint, flops, optimizer, scoring, sharding
+from datamux_jax import flops, optimizer, saved, scoring, sharding
 from datamux_jax.build import build, build_generator
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
@@ -87,13 +89,31 @@ class Plan:
 
     def jitted_step(self) -> Any:
         """The training step, not compiled yet."""
-        return make_step(self.objective, self.tx, self.abstract, self.mesh, self.config.accumulation)
+        return make_step(
+            self.objective,
+            self.tx,
+            self.abstract,
+            self.mesh,
+            self.config.accumulation,
+            lambda gradients: optimizer.norm(gradients, self.config.mux.learned),
+        )
 
     def missing_bytes(self, run: Path) -> int:
         """Disk that the run in `run` needs beside what it takes: checkpoints that stay, one being written, room for the rest."""
         state = sum(leaf.size * 4 for leaf in jax.tree.leaves(self.abstract))
         kept = self.config.checkpoint.keep + self.config.checkpoint.keep_best
-        return max(state * (kept + 1) + 20_000_000 - checkpoint.used_bytes(run), 0)
+        return max(state * (kept + 1) + 20_000_000 - saved.used_bytes(run), 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs if the data differ that this process trains on, or how they are read."""
+        tokenizer = self.format.tokenizer.fingerprint if self.format.tokenizer else ""
+        content = hashlib.blake2b()
+        if not self.format.corpus:  # Running text has a fingerprint of its own, in the format.
+            for name, array in sorted(self.arrays.items()):
+                content.update(f"{name} {array.shape} {array.dtype}".encode())
+                content.update(np.ascontiguousarray(array).data)
+        return f"{self.format} {tokenizer} {content.hexdigest()}"
 
     @property
     def peak_share(self) -> float | None:

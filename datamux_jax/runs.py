@@ -48,6 +48,6 @@ def load_run(path: str | Path) -> Run:
     # The mesh of the machine that uses a run need not be the one that trained it.
     mesh = sharding.inference_mesh()
     make = state_maker(config, fmt, model, optimizer.make(config), build_generator(config, model))
-    with contextlib.closing(checkpoint.run_checkpoints(path, config)) as saved:
-        step, params = saved.restore_params(placed(jax.eval_shape(make, jax.random.key(0)).params, mesh))
+    with contextlib.closing(checkpoint.reader(path, config)) as saves:
+        step, params = saves.restore_params(placed(jax.eval_shape(make, jax.random.key(0)).params, mesh))
     return Run(path, config, fmt, model, params, step, mesh)

@@ -11,8 +11,8 @@ from typing import Any
 import flax.traverse_util
 import jax
 
-from datamux_jax import workdir
-from datamux_jax.checkpoint import Checkpoints, newest_step, run_checkpoints
+from datamux_jax import distributed, saved, workdir
+from datamux_jax.checkpoint import Checkpoints, reader, shapes
 from datamux_jax.errors import InputError
 from datamux_jax.step import TrainState
 
@@ -23,6 +23,19 @@ MULTIPLEXING = ("mux/", "demux/")
 
 # Parameters of equal shapes mean something else where these differ.
 MEANING = ("model.family", "model.layer_norm_eps", "mux.name", "demux.name", "demux.form")
+
+# What may differ where a training goes on in another folder: how long and how fast, and what changes no number.
+RESUMABLE: tuple[str, ...] = (
+    "title",
+    "steps",
+    "resume",
+    "init_from",
+    "baseline",
+    "benchmark.",
+    "eval.",
+    "optimizer.learning_rate",
+)
+RESUMABLE += ("optimizer.schedule", "optimizer.warmup_steps", "optimizer.weight_decay", *workdir.FREE_KEYS)
 
 
 def check(config: Any, run: Path, abstract: TrainState) -> None:
@@ -39,9 +52,8 @@ def check(config: Any, run: Path, abstract: TrainState) -> None:
             )
     if config.resume:
         source = workdir.find(config.resume, run)
-        check_resumable(source)
-        match(source, abstract.params, "resume", fresh=())
-        at = newest_step(source)
+        check_resumable(config, source, abstract)
+        at = saved.newest_step(source)
         if at is not None and at >= config.steps:
             raise InputError(
                 f"resume = {str(source)!r} stands at step {at}, so nothing is left to do with steps = {config.steps}. Raise steps, or "
@@ -61,7 +73,7 @@ def check(config: Any, run: Path, abstract: TrainState) -> None:
 def initial_state(
     config: Any, run: Path, saves: Checkpoints, abstract: TrainState, fresh: Callable[[], TrainState]
 ) -> tuple[TrainState, Any]:
-    """The state that a run starts from, and the data position that belongs to it; None for the beginning.
+    """The state that a run starts from, and what the host saved with it; None for the beginning.
 
     Args:
       config: of the run.
@@ -72,13 +84,13 @@ def initial_state(
     """
 
     def restored(source: Checkpoints) -> tuple[TrainState, Any]:
-        _, params, others, position = source.restore(abstract.params, rest(abstract))
-        return TrainState(params=params, **others), position
+        _, params, others, host = source.restore(abstract.params, rest(abstract))
+        return TrainState(params=params, **others), host
 
-    if saves.latest_step is not None:
+    if distributed.from_primary(lambda: saved.newest_step(run)) is not None:
         return restored(saves)
     if config.resume:
-        with contextlib.closing(run_checkpoints(workdir.find(config.resume, run))) as source:
+        with contextlib.closing(reader(workdir.find(config.resume, run))) as source:
             return restored(source)
     state = fresh()
     if not config.init_from:
@@ -117,14 +129,22 @@ def check_same_function(config: Any, source: Path) -> None:
         )
 
 
-def check_resumable(run: Path) -> None:
-    """Raises InputError if the run in `run` has parameters only, like one that was converted."""
-    with contextlib.closing(run_checkpoints(run)) as found:
-        if "rest" not in found.items():
-            raise InputError(
-                f"resume = {str(run)!r} has parameters but no training state, as it was converted from a published checkpoint. Use "
-                "init_from to start a training from its parameters."
-            )
+def check_resumable(config: Any, source: Path, abstract: TrainState) -> None:
+    """Raises InputError if the training in `source` is not one that `config` can go on with."""
+    found = saved.shapes(saved.record(source), "rest")
+    if not found:
+        raise InputError(
+            f"resume = {str(source)!r} has parameters but no training state, as it was converted from a published checkpoint. Use "
+            "init_from to start a training from its parameters."
+        )
+    match(source, abstract.params, "resume", fresh=())
+    different = [text for key, text in _changed(config, source).items() if not key.startswith(RESUMABLE)]
+    if different or found != saved.shapes({"shapes": shapes({"rest": rest(abstract)})}, "rest"):
+        raise InputError(
+            f"resume = {str(source)!r} was another training, so going on with it here would be neither the one nor the other: "
+            f"{_few(different) or 'its optimizer keeps other arrays'}. Set these keys as they are there, or use init_from to start "
+            "a training from its parameters."
+        )
 
 
 def match(
@@ -145,8 +165,8 @@ def match(
     Raises:
       InputError: there is no checkpoint, or other leaves are missing, surplus or misshapen; all of them are listed.
     """
-    with contextlib.closing(run_checkpoints(run, workdir.load_config(run))) as source:
-        theirs = {path: tuple(leaf.shape) for path, leaf in _flat(source.params_metadata()).items()}
+    record = saved.record(run, workdir.load_config(run))
+    theirs = {path: shape for path, (shape, _) in saved.shapes(record, "params").items()}
     ours = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
     shared = {path for path in ours if ours[path] == theirs.get(path)}
     mixed, theirs_mixed = (any(path.startswith(MULTIPLEXING) for path in paths) for paths in (ours, theirs))
@@ -191,7 +211,7 @@ def init_from(run: Path, params: Any) -> tuple[Any, str]:
         path: jax.ShapeDtypeStruct(shape, "float32", sharding=ours[path].sharding if path in shared else None)
         for path, shape in theirs.items()
     }
-    with contextlib.closing(run_checkpoints(run, workdir.load_config(run))) as source:
+    with contextlib.closing(reader(run, workdir.load_config(run))) as source:
         loaded = _flat(source.restore_params(_nested(wanted))[1])
     merged = _nested({path: loaded[path] if path in shared else leaf for path, leaf in ours.items()})
     notes = (("fresh", ours), ("not used", theirs))

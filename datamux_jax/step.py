@@ -65,7 +65,14 @@ def born_sharded(make: Callable[[jax.Array], Any], seed: int, mesh: jax.sharding
     return jax.jit(lambda k: sharding.unbox(make(k)), out_shardings=where)(key)
 
 
-def make_step(objective: Objective, tx: Any, state: Any, mesh: jax.sharding.Mesh, accumulation: int = 1) -> Any:
+def make_step(
+    objective: Objective,
+    tx: Any,
+    state: Any,
+    mesh: jax.sharding.Mesh,
+    accumulation: int = 1,
+    norm: Callable[[Any], jax.Array] = optax.tree.norm,
+) -> Any:
     """The jitted training step `(state, batch) -> (state, sums)`; the old state's memory is reused.
 
     Args:
@@ -75,6 +82,7 @@ def make_step(objective: Objective, tx: Any, state: Any, mesh: jax.sharding.Mesh
       mesh: of devices.
       accumulation: micro-batches that a batch is computed in, one after the other. The update is that of the whole batch: losses are
         divided by the weights of the whole, not of a micro-batch, and corruption is drawn by group.
+      norm: of the gradients, for the log.
     """
 
     state_sharding = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -92,7 +100,7 @@ def make_step(objective: Objective, tx: Any, state: Any, mesh: jax.sharding.Mesh
             grads, sums = compute(state.params, batch, rngs)
         # Reduced to where the parameters are, each device gets its own part of the gradients alone.
         grads = jax.lax.with_sharding_constraint(grads, state_sharding.params)
-        sums = {**sums, "gradient_norm": (optax.tree.norm(grads), jnp.ones(()))}
+        sums = {**sums, "gradient_norm": (norm(grads), jnp.ones(()))}
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.key), sums

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from datamux_jax import checkpoint, distributed, metrics, scoring, sharding, start, workdir
+from datamux_jax import checkpoint, distributed, metrics, saved, scoring, sharding, start, workdir
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, Interrupted
 from datamux_jax.metrics_log import MetricsLog
@@ -39,18 +39,20 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
       InputError: the config, the data, the folder or the run to start from is wrong; nothing has been written then.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
+    distributed.check_same({"the config": repr(workdir.plain(config))})
     plan = distributed.primary_first(lambda: prepare(config, run))
-    done = checkpoint.newest_step(run)
+    distributed.check_same({"the data": plan.fingerprint})
+    done = distributed.from_primary(lambda: saved.newest_step(run))
     if done is None:
-        distributed.together(lambda: start.check(config, run, plan.abstract))
-    needed = 0 if done == config.steps else plan.missing_bytes(run)
-    distributed.on_primary(lambda: _claim(plan, run, needed))
-    if done == config.steps:
-        return
+        distributed.on_primary(lambda: start.check(config, run, plan.abstract))
+    distributed.on_primary(lambda: _claim(plan, run, 0 if done == config.steps else plan.missing_bytes(run)))
     with contextlib.ExitStack() as stack:
         distributed.on_primary(lambda: stack.enter_context(workdir.lock(run)))
-        saves = checkpoint.Checkpoints(run, config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.best)
+        saves = checkpoint.Checkpoints(run, config)
         stack.enter_context(contextlib.closing(saves))
+        # A finished run is read, so that a last checkpoint which is damaged is made again.
+        if done == config.steps and saves.newest_intact(plan.abstract.params) == done:
+            return
         if unsplit := sharding.not_split(plan.boxed.params, plan.mesh):
             print(f"Whole on every device, as sizes do not divide over the mesh: {'; '.join(unsplit)}", flush=True)
         _Loop(plan, run, saves, profile).run(label)
@@ -58,10 +60,10 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
 
 def _claim(plan: Plan, run: Path, needed_bytes: int) -> None:
     workdir.claim(run, plan.config, needed_bytes=needed_bytes)
-    saved = pipeline.Format.load(run) if plan.format.saved_in(run) else None
-    if saved == plan.format:
+    before = pipeline.Format.load(run) if plan.format.saved_in(run) else None
+    if before == plan.format:
         return
-    if saved is not None:
+    if before is not None:
         raise InputError(
             f"--workdir={run} was trained on data that are encoded differently from those that its config names now: the files, the "
             "tokenizer or a package that ships data have changed. Restore them, or choose another --workdir; nothing was changed."
@@ -75,7 +77,7 @@ class _Loop:
     def __init__(self, plan: Plan, run: Path, saves: checkpoint.Checkpoints, profile: tuple[int, int] | None) -> None:
         config = plan.config
         self._plan, self._config, self._run, self._saves, self._profile = plan, config, run, saves, profile
-        self._state, position = start.initial_state(
+        self._state, host = start.initial_state(
             config, run, saves, plan.abstract, lambda: born_sharded(plan.make, config.seed, plan.mesh)
         )
         self._data = pipeline.train_iterator(
@@ -85,8 +87,8 @@ class _Loop:
             seed=config.seed,
             mine=sharding.local_groups(plan.mesh, config.batch_groups),
         )
-        if position is not None:
-            self._data.set_state(position)
+        if host is not None:
+            self._data.set_state(host["position"])
         self._done = self._saved = int(self._state.step)
         self._log = MetricsLog(
             run,
@@ -95,6 +97,7 @@ class _Loop:
             positions=plan.format.length,
             peak_share=plan.peak_share,
             write=distributed.is_primary(),
+            window=host and host["window"],
         )
         self._step: CompiledStep | None = None
         self._tracing = False
@@ -111,7 +114,7 @@ class _Loop:
         progress = Progress(label, config.steps, self._done)
         with stop_signals() as stop, contextlib.closing(progress), contextlib.closing(self._log):
             pending = None
-            while self._done < config.steps and not distributed.reached_stop(self._done, stop()):
+            while self._done < config.steps and not distributed.reached_stop(stop()):
                 first = self._step is None
                 sums = self._update()
                 if pending is not None:
@@ -174,7 +177,8 @@ class _Loop:
     def _save(self) -> None:
         scores = self._scores() if self._due(self._config.eval.every) else None
         state = self._state
-        self._saves.save(self._done, state.params, start.rest(state), self._data.get_state(), scores)
+        host = {"position": self._data.get_state(), "window": self._log.window}
+        self._saves.save(self._done, state.params, start.rest(state), host, scores)
         self._saved = self._done
 
     def _scores(self) -> dict[str, float]:

@@ -130,8 +130,8 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, needed_bytes: int) -
             "for its checkpoints. Free some space, choose another disk, or lower checkpoint.keep."
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / CONFIG).exists():
-        write_json(workdir / CONFIG, plain(config))
+    if not (workdir / CONFIG).exists() or read_json(workdir / CONFIG) != plain(config):
+        write_json(workdir / CONFIG, plain(config))  # Also where a key has changed that may: what reads the folder goes by it.
 
 
 def _same_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -156,7 +156,7 @@ def lock(workdir: Path) -> Iterator[None]:
     Raises:
       InputError: another process holds it.
     """
-    with open(workdir / LOCK, "w") as handle:
+    with open(workdir / LOCK, "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

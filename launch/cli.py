@@ -96,3 +96,9 @@ def required(*names: str) -> None:
     """Marks flags as required: missing or empty, the command ends before it starts."""
     for name in names:
         flags.register_validator(name, bool, f"--{name} is required")
+    if "workdir" in names:
+        flags.register_validator(
+            "workdir",
+            lambda name: "://" not in name,
+            "--workdir is a folder: mount the bucket (docs/pods.md), and give the path",
+        )

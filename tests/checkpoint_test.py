@@ -1,5 +1,6 @@
 """Checkpoints: which stay, which are used, and what happens to damaged ones."""
 
+import contextlib
 import json
 import shutil
 
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from datamux_jax.checkpoint import FOLDER, Checkpoints, checksums, newest_step
+from datamux_jax import saved
+from datamux_jax.checkpoint import Checkpoints, checksums
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import evaluate_run
 from datamux_jax.runs import load_run
+from datamux_jax.saved import FOLDER, newest_step
 from datamux_jax.train import train
 from tests.conftest import small_config
 
@@ -67,7 +70,10 @@ def empty(step):
             path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, remove, empty])
+SLOW = [pytest.param(damage, marks=pytest.mark.slow) for damage in (remove, empty)]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, *SLOW])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(stopped, whole, damage, capsys):
     damage(stopped / FOLDER / "6")
     train(small_config(**STEPS), stopped)
@@ -87,6 +93,32 @@ def test_a_damaged_checkpoint_is_not_used_for_evaluation_either(stopped, capsys)
     assert load_run(stopped).step == 4
     assert "The one of step 4 is used." in capsys.readouterr().out
     assert steps_of(stopped) == [4, 6], "reading changes nothing"
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    flip(tmp_path / "run" / FOLDER / "8")
+    train(small_config(**STEPS), tmp_path / "run")
+    assert "The checkpoint of step 8 in" in capsys.readouterr().out
+    assert load_run(tmp_path / "run").step == 8
+    chex.assert_trees_all_equal(load_run(whole).params, load_run(tmp_path / "run").params)
+
+
+def test_what_is_deleted_while_it_is_read_is_not_damaged(stopped, monkeypatch, capsys):
+    """Another process trains there: it deletes the step that was to be read, and has written another one."""
+    params = load_run(stopped).params
+    looks = []
+
+    def steps(run):
+        looks.append(run)
+        return [5] if len(looks) < 3 else [4]
+
+    monkeypatch.setattr(saved, "steps", steps)
+    with contextlib.closing(Checkpoints(stopped, read_only=True)) as reader:
+        step, restored = reader.restore_params(params)
+    assert step == 4
+    chex.assert_trees_all_equal_shapes(restored, params)
+    assert "damaged" not in capsys.readouterr().out
 
 
 def test_without_an_intact_checkpoint_all_reasons_are_given(stopped):
@@ -112,23 +144,25 @@ def test_checksums_see_every_bit_and_no_sharding():
 
 def test_the_last_and_the_best_stay_and_the_best_is_used(tmp_path):
     params = {"w": jnp.zeros(3)}
-    saves = Checkpoints(tmp_path, keep=2, keep_best=1, best="accuracy")
+    config = small_config(checkpoint__keep=2, checkpoint__keep_best=1, checkpoint__best="accuracy")
+    saves = Checkpoints(tmp_path, config)
     for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.8)):
         saves.save(step, {"w": jnp.full(3, float(step))}, {"step": jnp.int32(step)}, {"next": step}, {"accuracy": accuracy})
     saves.save(5, {"w": jnp.full(3, 5.0)}, {"step": jnp.int32(5)}, {"next": 5})
     saves.wait()
     assert steps_of(tmp_path) == [2, 4, 5]
-    assert (saves.chosen_step, saves.latest_step) == (2, 5)
+    assert (saved.chosen_step(tmp_path, config), saved.newest_step(tmp_path)) == (2, 5)
     step, restored = saves.restore_params(params)
     assert (step, restored["w"].tolist()) == (2, [2.0] * 3)
     step, _, rest, position = saves.restore(params, {"step": jnp.int32(0)})
     assert (step, int(rest["step"]), position) == (5, 5, {"next": 5})
     saves.close()
-    losses = Checkpoints(tmp_path / "losses", keep=1, keep_best=1, best="task_loss")
+    config = small_config(checkpoint__keep=1, checkpoint__keep_best=1, checkpoint__best="task_loss")
+    losses = Checkpoints(tmp_path / "losses", config)
     for step, loss in ((1, 0.5), (2, 0.1), (3, 0.7)):
-        losses.save(step, params, metrics={"task_loss": loss})
+        losses.save(step, params, scores={"task_loss": loss})
     losses.wait()
-    assert (steps_of(tmp_path / "losses"), losses.chosen_step) == ([2, 3], 2)
+    assert (steps_of(tmp_path / "losses"), saved.chosen_step(tmp_path / "losses", config)) == ([2, 3], 2)
 
 
 def test_a_run_that_keeps_the_best_is_evaluated_at_the_best(tmp_path):

@@ -16,12 +16,12 @@ from safetensors.numpy import load_file, save_file
 from configs import common
 from datamux_jax import convert, hf, hf_config, hf_names, sharding, start
 from datamux_jax.build import build, init_params
-from datamux_jax.checkpoint import newest_step
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import evaluate_run
 from datamux_jax.families import FAMILIES
 from datamux_jax.model import call
 from datamux_jax.runs import load_run
+from datamux_jax.saved import newest_step
 from datamux_jax.train import train
 from tests import golden
 from tests.conftest import text_config

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from datamux_jax import checkpoint, curves, optimizer, workdir
+from datamux_jax import curves, optimizer, saved, workdir
 from datamux_jax.errors import InputError, Interrupted
 from datamux_jax.metrics_log import MetricsLog, read_lines
 from datamux_jax.runs import load_run
@@ -91,7 +91,7 @@ def test_killed_equals_uninterrupted_bit_for_bit(tmp_path):
     )
     command = [sys.executable, "-c", script, str(tmp_path / "killed")]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
-    saves = tmp_path / "killed" / checkpoint.FOLDER
+    saves = tmp_path / "killed" / saved.FOLDER
     deadline = time.monotonic() + 120
     while not any(saves.glob("[0-9]*/commit_success.txt")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
@@ -143,7 +143,7 @@ def test_killed_and_stopped_at_random_steps_equals_uninterrupted_bit_for_bit(tmp
         process.send_signal(signal.SIGTERM if kind == "stop" else signal.SIGKILL)
         assert process.wait() == (130 if kind == "stop" else -signal.SIGKILL), kind
         if kind == "stop":
-            assert checkpoint.newest_step(tmp_path / "parts") == count(), "no step is repeated"
+            assert saved.newest_step(tmp_path / "parts") == count(), "no step is repeated"
     assert start(tmp_path / "parts").wait() == 0
     chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
     both = [[(line["step"], line["loss"]) for line in lines(tmp_path / name)] for name in ("whole", "parts")]
@@ -265,6 +265,50 @@ def test_resume_continues_the_whole_state(tmp_path, monkeypatch):
     monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
     train(small_config(steps=8, checkpoint__every=2, resume=str(tmp_path / "first")), tmp_path / "second")
     chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "second"))
+
+
+def test_a_line_says_the_same_whether_the_run_was_interrupted_within_its_window_or_not(tmp_path, monkeypatch):
+    config = small_config(steps=8, log_every=4, checkpoint__every=8)
+    train(config, tmp_path / "whole")
+    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(6))
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "parts")
+    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    train(config, tmp_path / "parts")
+    clocks = {"instances_per_second", "tokens_per_second", "data_wait_share"}
+    both = [
+        [{k: v for k, v in line.items() if k not in clocks} for line in lines(tmp_path / name)] for name in ("whole", "parts")
+    ]
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"was another training.*seed = 0 there, 1 here"),
+        ({"batch_groups": 4}, r"batch_groups = 8 there, 4 here"),
+        ({"optimizer__update_rule": "published"}, r"update_rule = 'adamw' there, 'published' here"),
+        ({"optimizer__grad_clip": 0.0}, r"grad_clip = 1.0 there, 0.0 here"),
+        ({"model__layer_norm_eps": 1e-5}, r"layer_norm_eps = 1e-06 there, 1e-05 here"),
+    ],
+)
+def test_resume_goes_on_with_the_same_training_only(tmp_path, digits_run, changes, message):
+    with pytest.raises(InputError, match=message):
+        train(small_config(steps=12, resume=str(digits_run), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_that_may_change_reach_the_saved_config(tmp_path):
+    train(small_config(steps=2), tmp_path)
+    train(small_config(steps=2, checkpoint__keep=3, log_every=1), tmp_path)
+    assert workdir.load_config(tmp_path).checkpoint.keep == 3
+    assert workdir.load_config(tmp_path).log_every == 1
+
+
+def test_the_norm_in_the_log_is_of_what_is_trained():
+    gradients = {"mux": {"instance_embedding": np.full(9, 10.0, "float32")}, "out": {"kernel": np.full(4, 2.0, "float32")}}
+    assert float(optimizer.norm(gradients, learn_mux=False)) == pytest.approx(4.0)
+    assert float(optimizer.norm(gradients, learn_mux=True)) == pytest.approx((16 + 900) ** 0.5)
 
 
 def test_init_from_another_shape_lists_what_differs(tmp_path, text_run):
