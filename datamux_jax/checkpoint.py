@@ -41,19 +41,12 @@ class Checkpoints:
 
     def __init__(self, run: Path, config: Any = None, *, read_only: bool = False) -> None:
         self._run, self._folder, self._config, self._read_only = run, (run / saved.FOLDER).absolute(), config, read_only
-        options: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
-        if not read_only:
-            options = {"preservation_policy": _policy(config), "create": True, "cleanup_tmp_directories": True}
+        self._manager: Any = None
+        if read_only:
+            return
+        options = ocp.CheckpointManagerOptions(preservation_policy=_policy(config), create=True, cleanup_tmp_directories=True)
         with quiet():
-            self._manager = ocp.CheckpointManager(
-                self._folder,
-                options=ocp.CheckpointManagerOptions(**options),
-                item_handlers={
-                    "params": ocp.StandardCheckpointHandler(),
-                    "rest": ocp.StandardCheckpointHandler(),
-                    saved.RECORD: ocp.JsonCheckpointHandler(),
-                },
-            )
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(
         self,
@@ -121,8 +114,10 @@ class Checkpoints:
         """The first checkpoint that can be read and is what was written: `first`, then the others, newest first."""
 
         def read(step: int) -> Any:
-            items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-            return self._manager.restore(step, args=ocp.args.Composite(**items, **{saved.RECORD: ocp.args.JsonRestore()}))
+            record = saved.read(self._run, step)
+            return {saved.RECORD: record} | {
+                name: _read_item(self._folder / str(step) / name, tree) for name, tree in abstract.items()
+            }
 
         def check(found: Any) -> None:
             verify({name: found[name] for name in abstract}, found[saved.RECORD]["checksums"])
@@ -176,11 +171,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong there."""
-        with _explain_full_disk(self._folder), quiet():
-            self._manager.wait_until_finished()
+        if self._manager is not None:
+            with _explain_full_disk(self._folder), quiet():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Ends background work. What failed there has been raised by `save` or `wait`; if not, it is raised here."""
+        if self._manager is None:
+            return
         failing = sys.exc_info()[0] is not None
         with quiet(), contextlib.suppress(Exception) if failing else _explain_full_disk(self._folder):
             self._manager.close()
@@ -202,6 +200,15 @@ def reader(run: Path, config: Any = None) -> Checkpoints:
 
 def _require(run: Path) -> None:
     saved.record(run)
+
+
+def _read_item(folder: Path, abstract: Any) -> Any:
+    """The arrays in `folder`; every process reads its own part and waits for no other, so that one may fail alone."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as found:
+        return found.restore(folder, args=ocp.args.StandardRestore(abstract))
 
 
 def _policy(config: Any) -> Any:

@@ -128,7 +128,8 @@ def primary_first(action: Callable[[], Result]) -> Result:
 
 
 def _wait_for_all() -> None:
-    ocp.multihost.sync_global_processes(f"datamux_jax/{next(_barriers)}", timeout=7 * 24 * 3600)
+    everyone = set(range(jax.process_count()))  # Without it, devices would wait, and collectives give up sooner.
+    ocp.multihost.sync_global_processes(f"datamux_jax/{next(_barriers)}", timeout=7 * 24 * 3600, processes=everyone)
 
 
 def on_primary(action: Callable[[], None]) -> None:

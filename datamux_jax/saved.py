@@ -82,12 +82,21 @@ def used_bytes(run: Path) -> int:
     return sum(path.stat().st_size for path in (run / FOLDER).rglob("*") if path.is_file())
 
 
+def read(run: Path, step: int) -> dict[str, Any]:
+    """The record of one checkpoint.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    return workdir.read_json(run / FOLDER / str(step) / RECORD / RECORD_FILE)
+
+
 def _records(run: Path) -> list[tuple[int, dict[str, Any]]]:
     """Step and record of every checkpoint whose record can be read, ascending."""
     found = []
     for step in steps(run):
         try:
-            found.append((step, workdir.read_json(run / FOLDER / str(step) / RECORD / RECORD_FILE)))
+            found.append((step, read(run, step)))
         except InputError:
             continue  # Damaged, or deleted since: restoring reports it.
     return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,21 +20,22 @@ SMALL = [
     "--config=configs/langid.py:n=2,retrieval=,warmup=0,finetune=60", "--config.model.hidden_size=16", "--config.model.num_layers=1",
     "--config.model.num_heads=2", "--config.model.mlp_dim=32", "--config.batch_groups=8", "--config.log_every=1", "--config.baseline=",
     "--config.eval.groupings=1", "--config.checkpoint.every=25", "--config.tensorboard=False", "--config.model.dropout_rate=0.1",
+    "--config.eval.every=20", "--config.eval.examples=300",
 ]  # fmt: skip
 
 
-def start(workdir, processes, *flags):
-    """Starts processes that share four devices."""
+def start(workdir, processes, *flags, last=(), program=("-m", "launch.train", *SMALL)):
+    """Starts processes that share four devices; `last` are flags of the last one alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     devices = f"--xla_force_host_platform_device_count={4 // processes}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
-    command = [sys.executable, "-m", "launch.train", *SMALL, f"--workdir={workdir}", *flags]
+    command = [sys.executable, *program, f"--workdir={workdir}", *flags]
     several = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"] if processes > 1 else []
     return [
         subprocess.Popen(
-            [*command, *several, *([f"--process_id={index}"] if several else [])],
+            [*command, *several, *([f"--process_id={index}"] if several else []), *(last if index == processes - 1 else ())],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(processes)
@@ -46,7 +48,8 @@ def finish(started):
 
 
 def losses(workdir):
-    return [json.loads(line)["loss"] for line in (workdir / "n2" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "n2" / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def stop_midway(workdir, started):
@@ -93,6 +96,41 @@ def test_what_one_process_refuses_stops_all(tmp_path):
     assert [code for code, _, _ in ended] == [2, 2]
     assert "is not the folder of a run" in ended[0][2]
     assert "Process 0 cannot go on, so all stop" in ended[1][2]
+
+
+def test_processes_with_other_configs_do_not_train_together(tmp_path):
+    ended = finish(start(tmp_path / "run", 2, last=["--config.seed=1"]))
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert all("Processes differ from process 0 (the config: process 1)" in err for _, _, err in ended)
+    assert not (tmp_path / "run" / "n2").exists()
+
+
+CUT_OFF = """
+import sys
+from orbax.checkpoint import Checkpointer
+from launch import cli, train
+restore = Checkpointer.restore
+def fail(self, folder, **arguments):
+    if folder.parent.name == "50" and "--process_id=1" in sys.argv:
+        raise OSError("this host has lost the disk")
+    return restore(self, folder, **arguments)
+Checkpointer.restore = fail
+cli.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_which_one_process_cannot_read_its_part_is_used_by_none(tmp_path):
+    for code, _, err in finish(start(tmp_path / "run", 2, "--config.checkpoint.keep=3", "--config.checkpoint.every=10")):
+        assert code == 0, err
+    before = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "n2" / "checkpoints" / "60")
+    program = ("-c", CUT_OFF, *SMALL)
+    ended = finish(start(tmp_path / "run", 2, "--config.checkpoint.keep=3", "--config.checkpoint.every=10", program=program))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert "step 50 in" in ended[0][1]
+    assert "The one of step 40 is used" in ended[0][1], ended[0][1]
+    assert losses(tmp_path / "run") == pytest.approx(before, rel=1e-6)
 
 
 @pytest.mark.parametrize(
