@@ -240,6 +240,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder):
 
 # TensorFlow Datasets. Its builder classes register themselves by their names, once a process.
 
+OTHER = (
+    "\n_START_ARTICLE_\nNumber {}\n_START_SECTION_\nHistory\n_START_PARAGRAPH_\nIt began._NEWLINE_It ended."  # As in wiki40b.
+)
+
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
@@ -261,7 +265,7 @@ def prepared(tmp_path_factory):
         def _generate_examples(self, split, count):
             for number in range(count):
                 text = " " if number == 3 else f" naïve {split} {number} "
-                yield number, {"saying": text, "other": f"other {number}", "year": number}
+                yield number, {"saying": text, "other": OTHER.format(number), "year": number}
 
     folder = tmp_path_factory.mktemp("tfds")
     DatamuxSayings(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -283,6 +287,13 @@ def test_records_of_a_data_set_are_documents(prepared):
     assert list(corpus.documents("train", 300)) == [document for document in train if document.number >= 300]
     assert train[-1].position <= corpus.extent("train") == 600
     assert corpus.size("train") > 100 * corpus.size("test")
+
+
+def test_line_breaks_that_a_data_set_writes_as_words_are_line_breaks(prepared):
+    corpus = open_corpus(tfds_config(prepared, text_key="other", validation_split="test"))
+    texts = {document.text for document in corpus.documents("test")}
+    assert "Number 3\nHistory\nIt began.\nIt ended." in texts
+    assert len(texts) == 5
 
 
 def test_documents_of_a_data_set_are_held_out(prepared):

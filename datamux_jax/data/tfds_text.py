@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from datamux_jax.progress import quiet
 
 FILE_FORMAT = "array_record"
 BATCH = 256  # Records that are read at once.
+MARKERS = re.compile(r"\s*_(?:START_(?:ARTICLE|SECTION|PARAGRAPH)|NEWLINE)_\s*")  # How wiki40b writes its line breaks.
 
 
 class TfdsText:
@@ -69,8 +71,9 @@ class TfdsText:
             for number, record in zip(batch, records, strict=True):
                 text = record[self._key]
                 text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-                if text.strip():
-                    yield number, text.strip(), number + 1
+                text = MARKERS.sub("\n", text).strip()
+                if text:
+                    yield number, text, number + 1
 
 
 def _builder(data: Any) -> Any:
