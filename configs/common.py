@@ -76,7 +76,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # Running text: split to score, where the source has one; "": every k-th document is held out, as split "validation".
     c.data.validation_split = ""
     c.data.validation_share = 0.01  # Share of the documents, or of the rows of a "table", that is held out then.
-    # "bytes"; "wordpiece" or "bpe", trained on the running text; or a tokenizer.json, a vocab.txt, or a folder with one (a run, too).
+    # "bytes"; "wordpiece" or "bpe", trained on the running text; "minilm", of the installed package; or a tokenizer.json, a vocab.txt,
+    # or a folder with one (a run, too).
     c.data.tokenizer = "bytes"
     c.data.vocab_size = 8192  # Of a tokenizer that is trained.
     c.data.lowercase = True  # Of a tokenizer that is trained.

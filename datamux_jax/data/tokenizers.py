@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import tokenizers
 
-from datamux_jax import workdir
+from datamux_jax import packaged, workdir
 from datamux_jax.data import cache, subword_models
 from datamux_jax.data.frames import Frame, padded, tokens_behind
 from datamux_jax.errors import InputError
@@ -253,7 +253,8 @@ def open_tokenizer(name: str, data: Any, corpus: Corpus | None = None) -> Tokeni
     """The tokenizer that a config names.
 
     Args:
-      name: "bytes"; "wordpiece" or "bpe", trained on the training split of `corpus` unless the cache has it; or what `load` reads.
+      name: "bytes"; "wordpiece" or "bpe", trained on the training split of `corpus` unless the cache has it; a key of
+        `packaged.PACKAGES`; or what `load` reads.
       data: `config.data`; reads `vocab_size`, `lowercase` and `cache`.
       corpus: running text; None if the data source has none.
 
@@ -263,12 +264,14 @@ def open_tokenizer(name: str, data: Any, corpus: Corpus | None = None) -> Tokeni
     if name == BYTES:
         return ByteTokenizer()
     if name not in subword_models.TRAINERS:
-        if not name or not Path(name).expanduser().exists():
+        path = packaged.encoder(name)
+        if not name or not path.exists():
             raise InputError(
                 f"data.tokenizer = {name!r} does not exist. Choose {BYTES}, or {' or '.join(subword_models.TRAINERS)} to train one on "
-                "running text, or give the path of a tokenizer.json, of a vocab.txt, or of a folder with one, such as a run's."
+                f"running text, or {' or '.join(packaged.PACKAGES)}, or give the path of a tokenizer.json, of a vocab.txt, or of a "
+                "folder with one, such as a run's."
             )
-        return load(name, lowercase=data.lowercase)
+        return load(path, lowercase=data.lowercase)
     if corpus is None:
         raise InputError(
             f"data.tokenizer = {name!r} is trained on running text, but data.source = {data.source!r} has none. Choose {BYTES}, or "
