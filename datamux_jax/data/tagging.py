@@ -50,6 +50,12 @@ def find(data: Any) -> Files:
     if files and data.path:
         raise InputError(f"data.path = {data.path!r} and single files are both set. Give the folder, or each file, not both.")
     if not files and data.name and tfds_tasks.prepared_in(SETS[data.name].name, data.path):
+        for key in ("format", "text", "label"):
+            if data[key]:
+                raise InputError(
+                    f"data.{key} = {data[key]!r} is set, but the words and labels of {data.name} come from TensorFlow Datasets, where "
+                    "they have names. Leave it empty, or name files (data.path)."
+                )
         return {}
     files = files or _in_folder(data.path)
     for (path,) in files.values():

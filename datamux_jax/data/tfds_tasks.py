@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datamux_jax.data import tfds_text
 from datamux_jax.errors import InputError
 
@@ -56,6 +58,6 @@ def _plain(value: Any, names: Sequence[str] | None) -> Any:
         return [names[number] for number in value]
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if getattr(value, "ndim", 0):
+    if isinstance(value, list | np.ndarray):
         return [_plain(item, None) for item in value]
     return value
