@@ -1,0 +1,97 @@
+"""What the configs of tasks share: sizes or weights to start from, stages, arguments."""
+
+import json
+
+from configs import common, models, pretraining
+from datamux_jax import packaged
+from datamux_jax.errors import InputError
+
+ARGUMENTS = {
+    "n": (1, 2, 5),
+    "init": "",
+    "size": "",
+    "tokenizer": "",
+    "warmup": 1500,
+    "steps": 3000,
+    "groups": 32,
+    "length": 128,
+    "rate": 1e-4,
+    "dropout": 0.1,
+    "pool": "mean",
+}
+
+
+def base(text: str | None, /, **defaults):
+    """The base config with the network, optimizer and evaluation of a task, and the parsed arguments.
+
+    Args:
+      text: what stands after the colon.
+      **defaults: arguments of the family, and other defaults for those of all.
+
+    Returns:
+      The config and the arguments.
+
+    Raises:
+      InputError: an unknown argument or size, or an encoder to start from that cannot be read.
+    """
+    arg = common.parse_arg(text, **(ARGUMENTS | defaults))
+    c = common.get_config()
+    if arg.init and arg.size:
+        raise InputError(f"init={arg.init} has its own sizes, so size={arg.size} has no place. Leave one of them out.")
+    c.model.update(model_of(arg.size or "4x256") if not arg.init else model_from(arg.init, c))
+    c.model.dropout_rate = c.model.attention_dropout_rate = arg.dropout
+    c.model.pool = arg.pool
+    c.data.tokenizer = arg.tokenizer or arg.init or "bytes"
+    c.data.length = arg.length
+    c.batch_groups = arg.groups
+    c.optimizer.learning_rate = arg.rate
+    c.eval.split = "validation"
+    return c, arg
+
+
+def model_of(size: str) -> dict:
+    """The keys of `config.model` for a key of `models.SIZES`, or `LAYERSxWIDTH` of BERT's family."""
+    return models.SIZES[size] if size in models.SIZES else pretraining.model_of("bert", size.removeprefix("bert_"))
+
+
+def model_from(init: str, c) -> dict:
+    """The keys of `config.model` of the run or the published encoder in a folder.
+
+    Raises:
+      InputError: there is none.
+    """
+    path = packaged.encoder(init) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"init={init} cannot be read: {error}. Name the folder of a run or of a published encoder, with its config.json, or one of "
+            f"{', '.join(packaged.PACKAGES)}."
+        ) from error
+    if "model" in config and "data" in config:
+        return config["model"]
+    from datamux_jax import hf_config  # Heavy import, needed for published encoders alone.
+
+    return hf_config.to_config(config, str(path), c).model.to_dict()
+
+
+def stages(c, arg, objective: str) -> None:
+    """Makes `c` an experiment: for each N > 1 the token-retrieval warm-up on the task's own texts, then the task.
+
+    The task has the loss 0.9 task + 0.1 retrieval (DataMUX, section 3.3). The plain network (N = 1) has nothing to take apart, and
+    learns the task alone. The first stage starts from `init`.
+    """
+    runs = {}
+    for n in arg.n:
+        start = {"init_from": arg.init}
+        if n > 1 and arg.warmup:
+            runs[f"n{n}-warmup"] = stage(n, arg.warmup) | start | {"objective": "retrieval"}
+            start = {"init_from": f"../n{n}-warmup"}
+        losses = {"task_loss_coeff": 0.9, "retrieval_loss_coeff": 0.1} if n > 1 else {}
+        runs[f"n{n}"] = stage(n, arg.steps) | start | losses | {"objective": objective}
+    common.set_runs(c, runs)
+
+
+def stage(n: int, steps: int) -> dict:
+    """The keys of a stage; a tenth of it is the warm-up of the learning rate."""
+    return common.instances(n) | {"steps": steps, "optimizer": {"warmup_steps": steps // 10}}
