@@ -1,7 +1,8 @@
 """Who shares a mixed row in prediction, and how long rows are. Pure numpy.
 
 A mixed row is as long as its longest instance, so inputs of similar length stand together, and rows are cut to the smallest of a
-few lengths (buckets) that holds them: few shapes to compile, little padding to compute.
+few lengths (buckets) that holds them: few shapes to compile, little padding to compute. Inside of a bucket the order stays: companions
+of exactly the same length would save nothing, and interfere more than the mixed lengths that a network was trained on.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ def check_ensemble(ensemble: int, instances: int) -> None:
 
 
 def batches(sizes: np.ndarray, *, groups: int, instances: int, lengths: tuple[int, ...], ensemble: int = 1) -> Iterator[Batch]:
-    """Groups inputs of similar length; what comes out depends on the arguments alone.
+    """Groups inputs of the same bucket; what comes out depends on the arguments alone.
 
-    The longest come first, so that copies which fill up the last batch are among the cheapest. With a single length nothing is
-    sorted: input `i` sits in slot `i % N` of group `i // N`.
+    The longest come first, so that copies which fill up the last batch are among the cheapest. With a single length the order stays:
+    input `i` sits in slot `i % N` of group `i // N`.
 
     With `ensemble = k` every batch comes `k` times, its inputs in other slots and with other companions each time: in time `c` what
     was in slot `i` of group `b` is in slot `i + c N / k` of group `b + c i`. Copies of one input never share a group, unless there
@@ -67,11 +68,12 @@ def batches(sizes: np.ndarray, *, groups: int, instances: int, lengths: tuple[in
       lengths: to choose row lengths from, ascending; the last one holds everything.
       ensemble: `k`, a divisor of `N`.
     """
-    order = np.argsort(-sizes, kind="stable") if len(lengths) > 1 else np.arange(len(sizes))
+    buckets = np.searchsorted(lengths, sizes)
+    order = np.argsort(-buckets, kind="stable")
     size = groups * instances
     for start in range(0, len(order), size):
         block = order[start : start + size]
-        length = lengths[int(np.searchsorted(lengths, sizes[block].max()))]
+        length = lengths[buckets[block[0]]]
         cells = np.arange(size)
         # A copy of what sits in the same slot of the first group, which is another group wherever there is more than one.
         rows = block[np.where(cells < len(block), cells, cells % instances % len(block))].reshape(groups, instances)

@@ -69,14 +69,16 @@ class Inference(abc.ABC):
       instances: `N`.
       groups: `B` of every batch.
       cut: positions that an index prefix takes from the end of every row.
+      identity: text that is another one for other parameters.
     """
 
-    def __init__(self, fmt: Format, objective: str, *, instances: int, groups: int, cut: int = 0) -> None:
+    def __init__(self, fmt: Format, objective: str, *, instances: int, groups: int, cut: int, identity: str) -> None:
         self.format = fmt
         self.objective = objective
         self.instances = instances
         self.groups = groups
         self.cut = cut
+        self.identity = identity
         self.lengths = grouping.bucket_lengths(fmt.length) if fmt.vocab_size else (fmt.length,)
 
     @abc.abstractmethod
@@ -188,7 +190,9 @@ class Inference(abc.ABC):
           InputError: the inputs are not what the model reads, or `ensemble` does not divide `N`.
         """
         grouping.check_ensemble(ensemble, self.instances)
-        rows = inputs.ndim > 0 if isinstance(inputs, np.ndarray) else isinstance(inputs, Sequence) and not isinstance(inputs, str)
+        rows = (
+            inputs.ndim > 0 if isinstance(inputs, np.ndarray) else isinstance(inputs, Sequence) and not isinstance(inputs, str)
+        )
         if rows and len(inputs) == 0:
             return [] if self.objective == "tagging" else np.zeros((0, self._classes()), np.float32)
         if not rows or not self.format.vocab_size:
