@@ -57,9 +57,9 @@ def batches(sizes: np.ndarray, *, groups: int, instances: int, lengths: tuple[in
     The longest come first, so that copies which fill up the last batch are among the cheapest. With a single length the order stays:
     input `i` sits in slot `i % N` of group `i // N`.
 
-    With `ensemble = k` every batch comes `k` times, its inputs in other slots and with other companions each time: in time `c` what
-    was in slot `i` of group `b` is in slot `i + c N / k` of group `b + c i`. Copies of one input never share a group, unless there
-    are fewer inputs than slots.
+    With `ensemble = k` every batch comes `k` times, its inputs in other slots and with other companions (where there are groups
+    enough) each time: in time `c` what was in slot `i` of group `b` is in slot `i + c N / k` of group `b + c i`. Copies of one
+    input never share a group, unless there are fewer inputs than slots.
 
     Args:
       sizes: positions that each input needs, `[n]`.
@@ -75,8 +75,10 @@ def batches(sizes: np.ndarray, *, groups: int, instances: int, lengths: tuple[in
         block = order[start : start + size]
         length = lengths[buckets[block[0]]]
         cells = np.arange(size)
-        # A copy of what sits in the same slot of the first group, which is another group wherever there is more than one.
-        rows = block[np.where(cells < len(block), cells, cells % instances % len(block))].reshape(groups, instances)
+        # Copies of the first group, each in its own slot: of another group, that is, wherever there is more than one. Less than a group
+        # is filled with what came before, cut if it is longer.
+        pool = block if len(block) >= instances else np.concatenate([block, order[max(start - instances, 0) : start]])
+        rows = pool[np.where(cells < len(block), cells, cells % instances % len(pool))].reshape(groups, instances)
         real = (cells < len(block)).reshape(groups, instances)
         filled = -(-len(block) // instances)
         for time in range(ensemble):

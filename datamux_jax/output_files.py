@@ -129,6 +129,17 @@ class OutputFile:
             return
         self._handle = self._open(size)
 
+    def close(self) -> None:
+        """Lets go of the file; what was written stays, and can be gone on with."""
+        if not self.finished:
+            self._handle.close()
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _check_settings(self, old: dict[str, Any]) -> None:
         new = self._settings
         different = [
@@ -185,7 +196,7 @@ class OutputFile:
         else:
             os.replace(self._partial, self.path)
         self._save(size, finished=True)
-        self._handle.close()
+        self.close()
         self._partial.unlink(missing_ok=True)
         self.finished = True
 

@@ -126,6 +126,12 @@ class Features:
         self._array = array
         self.size = array.nbytes
 
+    def __enter__(self) -> Features:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """The mapping ends with the last row that is in use."""
+
     def rows(self) -> Iterator[Row]:
         for number, features in enumerate(self._array, start=1):
             self.position += features.nbytes

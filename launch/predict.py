@@ -21,8 +21,9 @@ from absl import flags
 from launch import cli
 
 if TYPE_CHECKING:
+    from datamux_jax.data.tables import Table
     from datamux_jax.inference import Inference
-    from datamux_jax.stream import Fields, Rows
+    from datamux_jax.stream import Features, Fields
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a trained run, or of an export (launch.convert --to_stablehlo).")
 INPUT = flags.DEFINE_string("input", "", "Table or text file; a .npy array [n, length, features]; - for standard input.")
@@ -40,7 +41,7 @@ ENSEMBLE = flags.DEFINE_integer(
 BUCKETS = flags.DEFINE_bool("buckets", True, "Cut rows to the length of their texts; --nobuckets pads all to the full length.")
 
 
-def open_rows(inference: Inference, fields: Fields) -> Rows:
+def open_rows(inference: Inference, fields: Fields) -> Table | Features:
     """Opens the input.
 
     Raises:
@@ -85,20 +86,17 @@ def main(argv: Sequence[str]) -> None:
     texts = (TEXT.value, TEXT_PAIR.value) if TEXT_PAIR.value else (TEXT.value,)
     arrays = inference.format.inputs == "features"
     fields = stream.Fields((stream.FEATURES,) if arrays else texts, ID.value, LABEL.value, ECHO.value and not arrays)
-    rows = open_rows(inference, fields)
     columns = fields.columns(inference.objective)
-    if output is None:
-        sink: Any = output_files.Stream(sys.stdout.buffer, columns, "tsv")
-    else:
-        sink = output_files.OutputFile(output, columns, settings(inference))
-        if sink.finished:
-            print(f"{output} is complete: {summary({'rows': sink.rows, **sink.counts})}")
+    how: Any = {"ensemble": ENSEMBLE.value, "buckets": BUCKETS.value, "show": output is not None}
+    with open_rows(inference, fields) as rows:
+        if output is None:
+            stream.predict_rows(inference, rows, output_files.Stream(sys.stdout.buffer, columns, "tsv"), fields, **how)
             return
-    counts = stream.predict_rows(
-        inference, rows, sink, fields, ensemble=ENSEMBLE.value, buckets=BUCKETS.value, show=output is not None
-    )
-    if output:
-        print(f"{output}: {summary(counts)}")
+        with output_files.OutputFile(output, columns, settings(inference)) as sink:
+            if sink.finished:
+                print(f"{output} is complete: {summary({'rows': sink.rows, **sink.counts})}")
+                return
+            print(f"{output}: {summary(stream.predict_rows(inference, rows, sink, fields, **how))}")
 
 
 def settings(inference: Inference) -> dict[str, Any]:
