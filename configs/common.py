@@ -48,21 +48,41 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.wandb = ""  # Project on Weights & Biases to write them to, with the extra `wandb`; "": none.
 
     c.data = ml_collections.ConfigDict()
-    # "digits", or "cldr", language identification. Running text for pre-training: "files" or "tfds" (datamux_jax/data/corpus.py).
+    # Examples with labels (datamux_jax/data/sources.py): "digits"; "cldr", language identification; "glue"; "tagging"; "table",
+    # columns of a TSV, CSV, JSON lines or Parquet file. Running text for pre-training (datamux_jax/data/corpus.py): "files" or "tfds".
     c.data.source = "digits"
-    c.data.path = ""  # "files": a file, a folder or a pattern (books/*.txt); "tfds": its data_dir, or "" for the default one.
-    c.data.name = ""  # "tfds": the data set, such as "wikipedia/20230601.en", "wiki40b/en", "lm1b" or "c4/en".
+    # "glue" and "tagging": a folder with the data set's files, or the data_dir of TensorFlow Datasets, or "" for its default one;
+    # "tfds": that too. "files": a file, a folder or a pattern (books/*.txt).
+    c.data.path = ""
+    # "glue": the task (datamux_jax/data/glue.py); "tagging": "ewt" or "conll2003", or "" for other files; "tfds": the data set, such as
+    # "wikipedia/20230601.en", "wiki40b/en", "lm1b" or "c4/en".
+    c.data.name = ""
+    c.data.train_file = ""  # "table" and "tagging": the file of the split "train",
+    c.data.validation_file = ""  # of "validation"; "table" without one: a validation_share of the training rows is held out;
+    c.data.test_file = ""  # and of "test".
+    # "table": "tsv", "csv", "jsonl" or "parquet"; "tagging": "conll", columns between spaces, or "conllu"; "": by the file's ending.
+    c.data.format = ""
+    # "table", TSV and CSV: the first row names the columns; False: their names are their numbers, from "1".
+    c.data.header = True
+    # "table": the column of the texts; "tagging", CoNLL: the number of the column of the words, "" for the first.
+    c.data.text = ""
+    c.data.text_pair = ""  # "table": the column of second texts; "": there are none.
+    # "table": the column of the labels; "tagging": the number of their column, "" for the last; in CoNLL-U "upos" (also "") or "xpos".
+    c.data.label = ""
+    c.data.numbers = False  # "table": labels are numbers, for regression, and not classes.
     c.data.text_key = "text"  # "tfds": the feature that holds the text.
     c.data.document = "paragraph"  # "files": what a document is; paragraphs end at an empty line. Or "line", or "file".
     c.data.train_split = "train"
     # Running text: split to score, where the source has one; "": every k-th document is held out, as split "validation".
     c.data.validation_split = ""
-    c.data.validation_share = 0.01  # Share of the documents that is held out then.
+    c.data.validation_share = 0.01  # Share of the documents, or of the rows of a "table", that is held out then.
     # "bytes"; "wordpiece" or "bpe", trained on the running text; or a tokenizer.json, a vocab.txt, or a folder with one (a run, too).
     c.data.tokenizer = "bytes"
     c.data.vocab_size = 8192  # Of a tokenizer that is trained.
     c.data.lowercase = True  # Of a tokenizer that is trained.
-    c.data.length = 0  # L, positions a text takes, [CLS] included. 0: the source's own (feature sources only).
+    # L, positions of an example, special tokens included. Of a longer text the end is cut off, of a pair the end of whichever is
+    # longer; words that are cut off are not tagged. 0: the source's own (feature sources only).
+    c.data.length = 0
     c.data.cache = ""  # Folder of tokenised running text; "": $DATAMUX_CACHE, else ~/.cache/datamux_jax.
 
     c.model = ml_collections.ConfigDict()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from datamux_jax.data import sources
+from datamux_jax.errors import InputError
 
 
 def char_tfidf(config: Any, split: str) -> dict[str, Any]:
@@ -22,9 +23,12 @@ def char_tfidf(config: Any, split: str) -> dict[str, Any]:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    source = sources.load(config.data.source)
+    source = sources.load(config.data)
     train, test = source.split(config.data.train_split), source.split(split)
-    assert isinstance(train.inputs, list), "experiment.run refuses sources without texts"
+    if not isinstance(train.inputs, list) or not isinstance(train.inputs[0], str):
+        raise InputError(
+            f"baseline = 'char_tfidf' classifies single texts, but data.source = {config.data.source!r} has other inputs. Drop it."
+        )
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True, min_df=2)
     model = LogisticRegression(C=10.0, max_iter=200)
     model.fit(vectors.fit_transform(train.inputs), train.labels)

@@ -147,6 +147,7 @@ def _format(config: Any, published: dict[str, Any], tokenizer: Tokenizer | None 
         vocab_size=vocab_size,
         tokens=tokens,
         token_labels=config.objective == "tagging",
+        inputs="words" if config.objective == "tagging" else "text",
     )
 
 

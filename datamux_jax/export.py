@@ -14,7 +14,6 @@ from jax import export as jax_export
 
 from datamux_jax import exported, workdir
 from datamux_jax.errors import InputError, choose
-from datamux_jax.inference import OBJECTIVES
 from datamux_jax.predict import Predictor, task_logits
 from datamux_jax.runs import load_run
 
@@ -55,7 +54,7 @@ def export_run(run: Path, target: Path, platforms: Sequence[str] = ("cpu", "cuda
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for length in predictor.lengths:
-        program = _program(predictor, used, length, platforms)
+        program = _program(predictor, used, length, platforms, jax_export.symbolic_shape("b")[0])
         (partial / exported.program_file(length)).write_bytes(program.serialize())
     np.savez(partial / exported.PARAMS, allow_pickle=False, **used)
     predictor.format.save(partial)
@@ -84,16 +83,14 @@ def export_run(run: Path, target: Path, platforms: Sequence[str] = ("cpu", "cuda
 
 
 def _program(
-    predictor: Predictor, params: Mapping[str, np.ndarray], length: int, platforms: Sequence[str] | None
+    predictor: Predictor, params: Mapping[str, np.ndarray], length: int, platforms: Sequence[str] | None, groups: Any
 ) -> jax_export.Exported:
-    """The program for rows of `length` positions and any number of groups: `(params, inputs, mask) -> logits`."""
+    """The program for rows of `length` positions: `(params, inputs, mask) -> logits`; `groups` may be symbolic."""
     model, objective, fmt = predictor.run.model, predictor.objective, predictor.format
-    assert objective in OBJECTIVES
 
     def forward(params: dict[str, Any], inputs: jax.Array, mask: jax.Array) -> jax.Array:
         return task_logits(model, objective, traverse_util.unflatten_dict(params, sep="/"), inputs, mask)
 
-    groups = jax_export.symbolic_shape("b")[0]
     shape = (groups, predictor.instances, length, *fmt.input_shape[1:])
     given = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
     return jax_export.export(jax.jit(forward), platforms=platforms)(
@@ -103,5 +100,6 @@ def _program(
 
 def _used(predictor: Predictor, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The parameters that prediction reads: the vocabulary head, a generator and the retrieval stack are none of them."""
-    kept = set(_program(predictor, params, predictor.lengths[-1], None).module_kept_var_idx)
+    # jax drops unused arguments, but of programs with symbolic shapes.
+    kept = set(_program(predictor, params, predictor.lengths[-1], None, 1).module_kept_var_idx)
     return {name: params[name] for place, name in enumerate(sorted(params)) if place in kept}

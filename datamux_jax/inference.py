@@ -117,10 +117,12 @@ class Inference(abc.ABC):
         clipped, shortened = self._clip(inputs)
         arrays = fmt.encode(clipped)
         sizes = arrays["mask"].sum(-1)
+        room = fmt.length - self.cut
         if fmt.inputs == "words":
             words = np.array([len(words) for words in inputs])
-            return Window(arrays, self._needed(sizes), arrays["word"].max(-1, initial=-1) < words - 1, words)
-        truncated = np.array(shortened, bool)
+            last = arrays["word"][:, :room].max(-1, initial=-1)
+            return Window(arrays, self._needed(sizes), (last < words - 1) & (sizes >= room), words)
+        truncated = np.array(shortened, bool) | (sizes > room)
         # A full row may have held all of its text: with one position more, what was cut would show.
         full = np.flatnonzero((sizes == fmt.length) & ~truncated)
         longer = dataclasses.replace(fmt, length=fmt.length + 1).encode([clipped[i] for i in full])
@@ -138,7 +140,8 @@ class Inference(abc.ABC):
 
         def clip(value: Any) -> Any:
             if isinstance(value, list | tuple):
-                return type(value)(clip(part) for part in value[:limit])
+                parts = [clip(part) for part in value[:limit]]
+                return parts if isinstance(value, list) else tuple(parts)
             return value[:limit] if isinstance(value, str) else value
 
         clipped = [clip(value) for value in inputs]

@@ -76,11 +76,10 @@ class Plan:
         """Shapes and shardings of a global batch."""
         fmt, where = self.format, sharding.batch_sharding(self.mesh)
         rows = (self.config.batch_groups, self.config.num_instances)
-        numbers = self.config.objective == "regression"
         shapes = {
             "inputs": (rows + fmt.input_shape, fmt.input_dtype),
             "mask": ((*rows, fmt.length), "int32"),
-            "label": ((*rows, fmt.length) if fmt.token_labels else rows, "float32" if numbers else "int32"),
+            "label": ((*rows, fmt.length) if fmt.token_labels else rows, "float32" if fmt.numbers else "int32"),
             "weight": (rows, "float32"),
         }
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
@@ -159,6 +158,16 @@ def _check_data(config: Any, fmt: pipeline.Format) -> None:
         raise InputError(
             f"objective = 'tagging' needs a label for every token, but the data source {config.data.source!r} has one for an example. "
             "Use 'classification', or a tagging source."
+        )
+    if config.objective == "classification" and fmt.token_labels:
+        raise InputError(
+            f"objective = 'classification' needs a label for every example, but the data source {config.data.source!r} has one for "
+            "every word. Use 'tagging'."
+        )
+    if config.objective == "classification" and fmt.numbers:
+        raise InputError(
+            f"objective = 'classification' needs classes, but the labels of the data source {config.data.source!r} are numbers. Use "
+            "'regression'."
         )
     if config.objective == "regression" and fmt.label_names:
         raise InputError(

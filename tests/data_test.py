@@ -7,14 +7,15 @@ import grain
 import numpy as np
 import pytest
 
-from datamux_jax.data import pipeline, sources
+from datamux_jax.data import builtin, pipeline
+from datamux_jax.data.examples import hash_fraction
 from datamux_jax.data.tokenizers import ByteTokenizer
 from datamux_jax.errors import InputError
 from tests.conftest import small_config, text_config
 
 
 def test_digits_are_whole_and_split_four_to_one():
-    source = sources.load("digits")
+    source = builtin.digits()
     train, test = source.split("train"), source.split("test")
     assert len(train) + len(test) == 1797
     assert 0.18 < len(test) / 1797 < 0.22
@@ -25,7 +26,7 @@ def test_digits_are_whole_and_split_four_to_one():
 
 
 def test_phrases_follow_the_rules():
-    source = sources.load("cldr")
+    source = builtin.cldr()
     texts = [text for examples in source.splits.values() for text in examples.inputs]
     labels = np.concatenate([examples.labels for examples in source.splits.values()])
     assert 30_000 < len(texts) < 45_000
@@ -40,7 +41,7 @@ def test_phrases_follow_the_rules():
 
 
 def test_splits_depend_on_the_key_alone():
-    assert sources.hash_fraction("digits/0") == pytest.approx(0.254579874698187, abs=1e-12)
+    assert hash_fraction("digits/0") == pytest.approx(0.254579874698187, abs=1e-12)
 
 
 def test_bytes_go_there_and_back():

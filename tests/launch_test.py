@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamux_jax.data import sources
+from datamux_jax.data import builtin
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +59,7 @@ def test_train_evaluate_predict(tmp_path):
     assert evaluated.stderr == ""
     assert "of the train split, each in 3 random groupings" in evaluated.stdout
 
-    np.save(tmp_path / "images.npy", sources.load("digits").split("test").inputs[:5])
+    np.save(tmp_path / "images.npy", builtin.digits().split("test").inputs[:5])
     predicted = run("predict", f"--workdir={folder / 'n2'}", f"--input={tmp_path / 'images.npy'}")
     assert predicted.returncode == 0, predicted.stderr
     assert predicted.stderr == ""

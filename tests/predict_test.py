@@ -5,7 +5,7 @@ import pytest
 
 import datamux_jax
 from datamux_jax import inference
-from datamux_jax.data import sources
+from datamux_jax.data import builtin
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import evaluate
 from datamux_jax.model import call
@@ -21,7 +21,7 @@ def test_labels_with_probabilities_in_input_order(text_run):
     predictions = predictor(PHRASES)
     assert len(predictions) == 4
     for p in predictions:
-        assert p.label in sources.CLDR_LANGUAGES
+        assert p.label in builtin.CLDR_LANGUAGES
         assert sum(p.probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert p.probability == max(p.probabilities.values()) == p.probabilities[p.label]
 
@@ -38,14 +38,14 @@ def test_any_number_of_inputs(text_run):
 
 def test_a_filler_is_dropped_and_its_slot_kept(digits_run):
     predictor = datamux_jax.load(digits_run)
-    images = sources.load("digits").split("test").inputs[:3]
+    images = builtin.digits().split("test").inputs[:3]
     assert predictor.probabilities(images).shape == (3, 10)
 
 
 def test_prediction_equals_evaluation(tmp_path):
     """The plain network does not depend on who comes along, so both paths must agree exactly."""
     train(small_config(1, steps=30, optimizer__learning_rate=3e-3), tmp_path / "run")
-    test = sources.load("digits").split("test")
+    test = builtin.digits().split("test")
     labels = [int(p.label) for p in datamux_jax.load(tmp_path / "run")(test.inputs)]
     scored = evaluate(load_run(tmp_path / "run"), split="test", groupings=1)
     assert np.mean(np.array(labels) == test.labels) == pytest.approx(scored["accuracy"])
@@ -126,7 +126,7 @@ def explicit(predictor, inputs, mask):
 
 def test_an_ensemble_is_the_mean_over_explicit_groupings(digits_run):
     predictor = datamux_jax.load(digits_run)
-    images = np.asarray(sources.load("digits").split("test").inputs[:32])
+    images = np.asarray(builtin.digits().split("test").inputs[:32])
     assert predictor.batch_size == 32
     first = np.arange(32).reshape(16, 2)
     # Slot 0 of group b moves to slot 1 of b; slot 1 of group b to slot 0 of b + 1.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import numpy as np
 from datamux_jax import workdir
 from datamux_jax.data import sources, tokenizers
 from datamux_jax.data.corpus import CORPORA, open_corpus
+from datamux_jax.data.encoding import encode_pairs, encode_words
+from datamux_jax.data.examples import Examples, Source
 from datamux_jax.data.token_cache import chunks, tokenised
 from datamux_jax.data.tokenizers import Tokenizer
 from datamux_jax.errors import InputError
@@ -26,6 +28,20 @@ from datamux_jax.families import SpecialTokens
 
 FORMAT = "format.json"
 Arrays = dict[str, np.ndarray]
+IN_BATCHES = ("inputs", "mask", "label")  # What a device sees; `word` and `gold` are for people.
+IGNORED = -100  # The label where there is nothing to predict.
+
+
+def _strings(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and all(isinstance(text, str) for text in entry)
+
+
+# Kind of input -> what an example is, for errors, and whether a value is one.
+TEXT_INPUTS: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
+    "text": ("strings", "text", lambda entry: isinstance(entry, str)),
+    "pair": ("pairs of strings", "(text, text)", lambda entry: _strings(entry) and len(entry) == 2),
+    "words": ("lists of words", "[word, word]", lambda entry: _strings(entry) and len(entry) > 0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +113,17 @@ class Format:
     def input_dtype(self) -> np.dtype:
         return np.dtype(np.int32 if self.vocab_size else np.float32)
 
+    @property
+    def numbers(self) -> bool:
+        """Whether labels are numbers, and not classes."""
+        return not self.label_names and not self.corpus
+
     def encode(self, inputs: Any) -> Arrays:
-        """`inputs` and `mask` arrays of texts, or of features `[n, L, F]`.
+        """Arrays of texts, pairs of texts, words, or features `[n, L, F]`, as `self.inputs` says.
+
+        Returns:
+          `inputs` and `mask` `[n, L]` (features: `inputs` `[n, L, F]`); of words besides `word` `[n, L]`, the number of the word whose
+          first token stands there, elsewhere -1.
 
         Raises:
           InputError: the inputs are not what this format reads.
@@ -109,13 +134,7 @@ class Format:
                 "tokenizer.json beside the weights and convert again."
             )
         if self.tokenizer:
-            if isinstance(inputs, str) or not isinstance(inputs, Sequence):
-                raise InputError(f"This model reads a list of strings, but got {_short(inputs)}. Pass a list: [text, ...].")
-            for text in inputs:
-                if not isinstance(text, str):
-                    raise InputError(f"This model reads a list of strings, but an entry is {_short(text)}. Pass strings only.")
-            ids, mask = self.tokenizer.encode(list(inputs), self.length)
-            return {"inputs": ids, "mask": mask}
+            return self._encode_texts(self.tokenizer, inputs)
         try:
             features = np.asarray(inputs, np.float32)
         except (TypeError, ValueError):
@@ -131,6 +150,24 @@ class Format:
                 "The features hold a NaN or an infinity, and one such value spoils its whole group. Remove or replace it first."
             )
         return {"inputs": features, "mask": np.ones(features.shape[:2], np.int32)}
+
+    def _encode_texts(self, tokenizer: Tokenizer, inputs: Any) -> Arrays:
+        what, example, fits = TEXT_INPUTS[self.inputs]
+        if isinstance(inputs, str) or not isinstance(inputs, Sequence):
+            raise InputError(f"This model reads a list of {what}, but got {_short(inputs)}. Pass a list: [{example}, ...].")
+        for entry in inputs:
+            if not fits(entry):
+                raise InputError(
+                    f"This model reads a list of {what}, but an entry is {_short(entry)}. Pass {what} only: [{example}, ...]."
+                )
+        if self.inputs == "pair":
+            ids, mask = encode_pairs(tokenizer, inputs, self.length)
+        elif self.inputs == "words":
+            ids, mask, word = encode_words(tokenizer, inputs, self.length)
+            return {"inputs": ids, "mask": mask, "word": word}
+        else:
+            ids, mask = tokenizer.encode(list(inputs), self.length)
+        return {"inputs": ids, "mask": mask}
 
 
 def load(config: Any, run: Path | None = None) -> tuple[Format, dict[str, Arrays]]:
@@ -151,10 +188,11 @@ def format_of(config: Any, run: Path | None = None) -> Format:
     """
     data = config.data
     running = data.source in CORPORA
-    source = None if running else sources.load(data.source)
+    sources.check(data)
+    source = None if running else sources.load(data)
     first = None if source is None else next(iter(source.splits.values())).inputs
     if source is not None and isinstance(first, np.ndarray):
-        fmt = Format(source.label_names, first.shape[1], feature_size=first.shape[2], inputs="features")
+        fmt = Format(source.label_names, first.shape[1], feature_size=first.shape[2], inputs="features", metrics=source.metrics)
         if data.length not in (0, fmt.length):
             raise InputError(
                 f"data.length = {data.length}, but the source {data.source!r} has inputs of length {fmt.length}. "
@@ -168,9 +206,13 @@ def format_of(config: Any, run: Path | None = None) -> Format:
     tokenizer = tokenizers.open_tokenizer(name, data, corpus)
     # Only the index demultiplexer feeds tokens that no text has.
     tokens, size = tokenizer.special_tokens(config.num_instances, config.model.family)
+    inputs = "text" if first is None or isinstance(first[0], str) else "pair" if isinstance(first[0], tuple) else "words"
     return Format(
         source.label_names if source else (),
         data.length,
+        token_labels=inputs == "words",
+        inputs=inputs,
+        metrics=source.metrics if source else (),
         tokenizer=tokenizer,
         vocab_size=size if config.demux.name == "index" else tokenizer.vocab_size,
         tokens=tokens,
@@ -179,7 +221,11 @@ def format_of(config: Any, run: Path | None = None) -> Format:
 
 
 def splits_of(config: Any, fmt: Format) -> dict[str, Arrays]:
-    """The examples of the data that `config.data` names: for each split the arrays `inputs`, `mask` and `label`, one row an example.
+    """The examples of the data that `config.data` names: for each split the arrays of `Format.encode` and `label`, one row an example.
+
+    Labels are classes `[n]` int32 or numbers `[n]` float32. Of words they are `[n, L]` int32: at the first token of each word its
+    label, elsewhere `IGNORED`; and `gold` `[n, W]` has those of all words, also of those that the length cuts off, filled up with
+    `IGNORED`.
 
     Running text has `inputs` alone: chunks of `fmt.length` tokens, mapped from the cache of tokenised text, which is made here if
     there is none yet.
@@ -188,17 +234,28 @@ def splits_of(config: Any, fmt: Format) -> dict[str, Arrays]:
       InputError: data that cannot be read, or a cache that cannot be written.
     """
     if not fmt.corpus:
-        return _encoded(config.data.source, fmt)
+        return _encoded(sources.load(config.data), fmt)
     assert fmt.tokenizer is not None
     tokens = tokenised(config.data, open_corpus(config.data), fmt.tokenizer)
     return {split: {"inputs": chunks(ids, fmt.length)} for split, ids in tokens.items()}
 
 
 @functools.lru_cache(maxsize=4)
-def _encoded(name: str, fmt: Format) -> dict[str, Arrays]:
+def _encoded(source: Source, fmt: Format) -> dict[str, Arrays]:
     """All splits of a source as arrays: encoded once, whoever asks (checks, training, evaluation, benchmark). Not to be written to."""
-    splits = sources.load(name).splits
-    return {split: {**fmt.encode(examples.inputs), "label": examples.labels} for split, examples in splits.items()}
+    return {split: _labelled(examples, fmt) for split, examples in source.splits.items()}
+
+
+def _labelled(examples: Examples, fmt: Format) -> Arrays:
+    arrays = fmt.encode(examples.inputs)
+    if isinstance(examples.labels, np.ndarray):
+        return {**arrays, "label": examples.labels}
+    gold = np.full((len(examples), max(map(len, examples.labels))), IGNORED, np.int32)
+    for row, labels in zip(gold, examples.labels, strict=True):
+        row[: len(labels)] = labels
+    word = arrays["word"]
+    label = np.where(word < 0, IGNORED, np.take_along_axis(gold, np.maximum(word, 0), axis=1))
+    return {**arrays, "label": label.astype(np.int32), "gold": gold}
 
 
 def train_iterator(
@@ -276,7 +333,7 @@ def _short(value: Any) -> str:
 
 
 def _gather(arrays: Arrays, index: np.ndarray, weight: np.ndarray) -> Arrays:
-    batch = {**{name: array[index] for name, array in arrays.items()}, "weight": weight}
+    batch = {**{name: arrays[name][index] for name in IN_BATCHES if name in arrays}, "weight": weight}
     if "mask" not in batch:  # Chunks of running text: token ids in the smallest type that holds them, and no padding.
         batch["inputs"] = batch["inputs"].astype(np.int32)
         batch["mask"] = np.ones(batch["inputs"].shape, np.int32)

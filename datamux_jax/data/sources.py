@@ -1,147 +1,88 @@
-"""Where examples come from. Table `SOURCES`: name -> function of the data config that returns a `Source`.
-
-Both built-in sources are offline: they read what installed packages ship.
-"""
+"""Where examples come from. Table `SOURCES`."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
+import ml_collections
 
+from datamux_jax.data import builtin, glue, tagging, text_tables
+from datamux_jax.data.corpus import CORPORA
+from datamux_jax.data.examples import Files, Source
 from datamux_jax.errors import InputError, choose
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """One split.
+class Reader(NamedTuple):
+    """A kind of data set.
 
     Attributes:
-      inputs: texts; pairs of texts; lists of words; or features `[n, L, F]`.
-      labels: classes `[n]`, int32; numbers `[n]`, float32; or, of words, one int32 array an example.
+      keys: of `config.data` that it reads, of those in `OPTIONAL`.
+      find: the files of each split that `config.data` names; none: the data do not come from files.
+      read: all splits of `config.data`, from these files.
     """
 
-    inputs: list[str] | list[tuple[str, str]] | list[list[str]] | np.ndarray
-    labels: np.ndarray | list[np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    keys: tuple[str, ...]
+    find: Callable[[Any], Files]
+    read: Callable[[Any, Files], Source]
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A data set: its splits, what the labels mean (no names: numbers), and what is reported."""
-
-    splits: Mapping[str, Examples]
-    label_names: tuple[str, ...]
-    metrics: tuple[str, ...] = ("accuracy",)
-
-    def split(self, name: str) -> Examples:
-        """Raises InputError, with the choices, if there is no such split."""
-        return self.splits[choose(self.splits, name, "The data split")]
-
-
-def hash_fraction(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone: splits stay the same on every machine and for every version."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+SOURCES: dict[str, Reader] = {
+    "digits": Reader((), lambda _: {}, lambda *_: builtin.digits()),
+    "cldr": Reader((), lambda _: {}, lambda *_: builtin.cldr()),
+    "glue": Reader(("name", "path"), glue.find, glue.read),
+    "tagging": Reader(tagging.KEYS, tagging.find, tagging.read),
+    "table": Reader(text_tables.KEYS, text_tables.find, text_tables.read),
+}
+# Keys that some sources read -> the value that means: not set.
+OPTIONAL = {
+    **dict.fromkeys(("path", "name", "train_file", "validation_file", "test_file", "format", "text", "text_pair", "label"), ""),
+    "header": True,
+    "numbers": False,
+}
+RUNNING = {"files": ("path",), "tfds": ("path", "name")}
 
 
-def digits() -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8: a sequence of 8 rows of 8 pixels in [0, 1].
+def check(data: Any) -> None:
+    """Checks that the source of `config.data` exists and reads every key that is set.
 
-    Split 80/20 into `train` and `test` by a hash of the index.
+    Raises:
+      InputError: it does not.
     """
-    from sklearn.datasets import load_digits  # Heavy import, needed by this source alone.
-
-    raw = load_digits()
-    rows = (raw.images / 16.0).astype(np.float32)
-    labels = raw.target.astype(np.int32)
-    train = np.array([hash_fraction(f"digits/{i}") < 0.8 for i in range(len(labels))])
-    splits = {"train": Examples(rows[train], labels[train]), "test": Examples(rows[~train], labels[~train])}
-    return Source(splits, tuple(str(d) for d in range(10)))
-
-
-_LANGUAGES = "en de fr es it pt nl sv da nb fi et lv lt pl cs sk sl hr hu ro tr id sw eu ca is ga cy sq"
-CLDR_LANGUAGES = tuple(_LANGUAGES.split())
-CLDR_SECTIONS = (
-    "languages",
-    "territories",
-    "scripts",
-    "currency_names",
-    "variants",
-    "unit_display_names",
-    "currency_names_plural",
-    "measurement_systems",
-    "date_fields",
-    "months",
-    "days",
-    "quarters",
-    "eras",
-)
+    keys = RUNNING if data.source in CORPORA else {name: reader.keys for name, reader in SOURCES.items()}
+    read = keys[choose(keys, data.source, "The data source data.source =")]
+    for key, unset in OPTIONAL.items():
+        if key not in read and data[key] != unset:
+            raise InputError(
+                f"data.{key} = {data[key]!r} is set, but data.source = {data.source!r} does not read it; it reads "
+                f"{', '.join(f'data.{name}' for name in read) or 'no such key'}. Leave it {unset!r}, or choose another source."
+            )
 
 
-def cldr() -> Source:
-    """Language identification of short phrases: Unicode CLDR display names in 30 languages, through `babel`.
+def load(data: Any) -> Source:
+    """The data set that `config.data` names; read once, until a file of it changes.
 
-    Phrases have at least 4 characters, a letter, and no placeholder; one that occurs, case-insensitively, in more than one of
-    the languages is dropped. About 15 bytes long. Split 80/10/10 into `train`, `validation` and `test` by a hash of the phrase.
+    Args:
+      data: `config.data`, with `source` a key of `SOURCES`.
+
+    Raises:
+      InputError: no such source, a key that it does not read, data that cannot be read, a damaged row, or a split without examples.
     """
-    from babel import Locale  # Heavy import, needed by this source alone.
-
-    spelling: dict[str, str] = {}
-    languages: dict[str, set[int]] = {}
-    for label, language in enumerate(CLDR_LANGUAGES):
-        # babel offers no public way to walk all display strings of a locale; `_data` is the CLDR tree itself.
-        data = Locale(language)._data
-        for section in CLDR_SECTIONS:
-            for phrase in map(str.strip, _leaves(data.get(section, ""))):
-                if len(phrase) >= 4 and "{" not in phrase and any(map(str.isalpha, phrase)):
-                    folded = phrase.casefold()
-                    spelling.setdefault(folded, phrase)
-                    languages.setdefault(folded, set()).add(label)
-    rows: dict[str, list[tuple[str, int]]] = {"train": [], "validation": [], "test": []}
-    for folded in sorted(spelling):
-        if len(languages[folded]) == 1:
-            fraction = hash_fraction(f"cldr/{folded}")
-            name = "train" if fraction < 0.8 else "validation" if fraction < 0.9 else "test"
-            rows[name].append((spelling[folded], next(iter(languages[folded]))))
-    splits = {
-        name: Examples([text for text, _ in pairs], np.array([label for _, label in pairs], np.int32))
-        for name, pairs in rows.items()
-    }
-    return Source(splits, CLDR_LANGUAGES)
-
-
-def _leaves(node: Any) -> Iterator[str]:
-    if isinstance(node, str):
-        yield node
-    elif hasattr(node, "items"):
-        for _, value in node.items():
-            yield from _leaves(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from _leaves(value)
-
-
-SOURCES: dict[str, Callable[[], Source]] = {"digits": digits, "cldr": cldr}
+    check(data)
+    reader = SOURCES[data.source]
+    files = reader.find(data)
+    stamps = tuple((split, tuple((file, file.stat().st_mtime_ns) for file in paths)) for split, paths in files.items())
+    keys = ("source", "validation_share", *reader.keys)
+    return _load(ml_collections.FrozenConfigDict({key: data[key] for key in keys}), stamps)
 
 
 @functools.lru_cache(maxsize=4)
-def load(name: str) -> Source:
-    """Loads the source `name`, a key of `SOURCES`.
-
-    Raises:
-      InputError: an unknown name, or a split without examples.
-    """
-    source = SOURCES[choose(SOURCES, name, "The data source data.source =")]()
+def _load(data: Any, stamps: tuple[Any, ...]) -> Source:
+    files = {split: tuple(file for file, _ in paths) for split, paths in stamps}
+    source = SOURCES[data.source].read(data, files)
     for split, examples in source.splits.items():
         if not len(examples):
-            raise InputError(
-                f"The split {split!r} of the data source {name!r} has no examples. Reinstall the package that ships it "
-                "(scikit-learn for digits, babel for cldr)."
-            )
+            places = ", ".join(map(str, files[split])) if split in files else f"data.source = {data.source!r}"
+            raise InputError(f"The split {split!r} has no examples in {places}. Check what is there, or name other data.")
     return source

@@ -143,7 +143,7 @@ class Text(_OfLines):
         return (TEXT_COLUMN,)
 
     def fields(self, content: bytes) -> tuple[dict[str, Any], str]:
-        text, problem = _decoded(content)
+        text, problem = decoded(content)
         return {TEXT_COLUMN: text}, problem
 
 
@@ -154,7 +154,7 @@ class JsonLines(_OfLines):
         return tuple(dict.fromkeys(key for content in self.head() for key in self.fields(content)[0]))
 
     def fields(self, content: bytes) -> tuple[dict[str, Any], str]:
-        text, problem = _decoded(content)
+        text, problem = decoded(content)
         if problem:
             return {}, problem
         try:
@@ -195,7 +195,7 @@ class Tsv(Delimited):
     """Fields between tabs."""
 
     def split(self, content: bytes) -> tuple[list[str], str]:
-        text, problem = _decoded(content)
+        text, problem = decoded(content)
         return text.split("\t"), problem
 
 
@@ -207,7 +207,7 @@ class Csv(Delimited):
 
         def texts() -> Iterator[str]:
             for _, content, problem in self.lines:
-                text, bad = _decoded(content)
+                text, bad = decoded(content)
                 problems.extend(filter(None, (problem, bad)))
                 yield text + "\n"
 
@@ -285,7 +285,7 @@ class Parquet:
         return Record(self._done, fields, problem)
 
 
-def _decoded(content: bytes) -> tuple[str, str]:
+def decoded(content: bytes) -> tuple[str, str]:
     """The text, with U+FFFD for what is none, and what is wrong with it."""
     try:
         return content.decode(), ""

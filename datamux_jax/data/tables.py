@@ -60,7 +60,7 @@ class Table:
             raise InputError(
                 f"{self.name} is of format {kind!r}, but header is false, which is for {' and '.join(HEADERLESS)}. Leave it true."
             )
-        self._handle = _opened(source) if isinstance(source, str | Path) else source
+        self._handle = opened(source) if isinstance(source, str | Path) else source
         try:
             self.size = os.fstat(self._handle.fileno()).st_size if self._own else 0
             self._format = FORMATS[kind](self._handle, self.name, header)
@@ -140,7 +140,8 @@ def format_of(name: str, file_format: str = "") -> str:
     return ENDINGS[ending]
 
 
-def _opened(path: str | Path) -> BinaryIO:
+def opened(path: str | Path) -> BinaryIO:
+    """Raises InputError if the file cannot be opened."""
     try:
         return Path(path).expanduser().open("rb")
     except OSError as error:

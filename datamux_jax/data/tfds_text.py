@@ -32,13 +32,18 @@ class TfdsText:
     unit = "documents"
 
     def __init__(self, data: Any, splits: tuple[str, ...]) -> None:
-        builder = _builder(data)
+        if not data.name:
+            raise InputError(
+                "data.source = 'tfds' needs data.name, the name of a data set, such as 'wikipedia/20230601.en', 'lm1b' or 'c4/en'. "
+                "Set it."
+            )
+        builder = open_builder(data.name, data.path)
         info = builder.info
         _check_feature(data, info)
         total = sum(split.num_examples for split in info.splits.values())
         self._bytes_each = info.dataset_size / max(total, 1)
         self._key = data.text_key
-        self._splits = {split: _source(builder, split) for split in splits}
+        self._splits = {split: open_split(builder, split) for split in splits}
         examples = {split: len(source) for split, source in self._splits.items()}
         # The name and version say what the content is; the numbers tell data sets apart that were prepared differently.
         self.fingerprint = cache.digest("tfds", info.full_name, self._key, examples, total, int(info.dataset_size))
@@ -60,36 +65,46 @@ class TfdsText:
         source = self._splits[split]
         numbers = filter(wanted, range(start, len(source)))
         while batch := list(itertools.islice(numbers, BATCH)):
-            try:
-                records = source.__getitems__(batch)
-            except RuntimeError as error:  # What array_record raises if a file is missing or damaged.
-                raise InputError(
-                    f"The prepared data in {self.description['data_dir']} cannot be read: {_brief(error)} Prepare or copy them anew."
-                ) from error
-            for number, record in zip(batch, records, strict=True):
+            for number, record in zip(batch, records(source, batch, self.description["data_dir"]), strict=True):
                 text = record[self._key]
                 text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
                 if text.strip():
                     yield number, text.strip(), number + 1
 
 
-def _builder(data: Any) -> Any:
-    """The builder of a data set that is prepared as array_record."""
-    if not data.name:
-        raise InputError(
-            "data.source = 'tfds' needs data.name, the name of a data set, such as 'wikipedia/20230601.en', 'lm1b' or 'c4/en'. Set it."
-        )
+def records(source: Any, numbers: list[int], place: Any) -> list[Any]:
+    """The records with these numbers.
+
+    Raises:
+      InputError: a file is missing or damaged.
+    """
+    try:
+        return source.__getitems__(numbers)
+    except RuntimeError as error:  # What array_record raises.
+        raise InputError(f"The prepared data in {place} cannot be read: {_brief(error)} Prepare or copy them anew.") from error
+
+
+def open_builder(name: str, path: str) -> Any:
+    """The builder of a data set that is prepared as array_record.
+
+    Args:
+      name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION.
+      path: its data_dir; "": the default one.
+
+    Raises:
+      InputError: no such data set, or it is not prepared in this format.
+    """
     import tensorflow_datasets as tfds  # Heavy import, needed by this source alone.
     import tensorflow_datasets.text  # Registers wikipedia, wiki40b, c4 and others.
 
-    folder = os.path.expanduser(data.path) or None
+    folder = os.path.expanduser(path) or None
     with quiet(logging.ERROR):  # The library warns on stderr about what is an InputError here.
         try:
-            builder = tfds.builder(data.name, data_dir=folder)
+            builder = tfds.builder(name, data_dir=folder)
         except (ValueError, AssertionError, OSError) as error:  # AssertionError: no such version.
             problem = "is unknown to" if isinstance(error, tfds.core.DatasetNotFoundError) else "cannot be opened by"
             raise InputError(
-                f"data.name = {data.name!r} {problem} TensorFlow Datasets, with the folder data.path = {data.path!r}: {_brief(error)} "
+                f"data.name = {name!r} {problem} TensorFlow Datasets, with the folder data.path = {path!r}: {_brief(error)} "
                 "Write NAME, NAME/CONFIG or NAME/CONFIG:VERSION of a data set, or set data.path to the folder in which it is prepared."
             ) from error
         prepared = builder.is_prepared()
@@ -98,10 +113,10 @@ def _builder(data: Any) -> Any:
         state = f"in the format {', '.join(sorted(formats))} only" if prepared else "not there"
         where = "" if folder is None else f", data_dir={folder!r}"
         raise InputError(
-            f"data.name = {data.name!r}: the prepared data in {builder.data_dir} are {state}, and {FILE_FORMAT} is needed. Prepare "
+            f"data.name = {name!r}: the prepared data in {builder.data_dir} are {state}, and {FILE_FORMAT} is needed. Prepare "
             f"them{' in another folder (data.path)' if prepared else ''}, on a machine with a network connection and the packages that "
             f'this data set asks for: python -c "import tensorflow_datasets as tfds, tensorflow_datasets.text; '
-            f'tfds.builder({data.name!r}{where}, file_format={FILE_FORMAT!r}).download_and_prepare()"'
+            f'tfds.builder({name!r}{where}, file_format={FILE_FORMAT!r}).download_and_prepare()"'
         )
     return builder
 
@@ -117,7 +132,12 @@ def _check_feature(data: Any, info: Any) -> None:
         )
 
 
-def _source(builder: Any, split: str) -> Any:
+def open_split(builder: Any, split: str) -> Any:
+    """The records of a split; none for an empty slice.
+
+    Raises:
+      InputError: there is no such split.
+    """
     try:
         if builder.info.splits[split].num_examples:  # An empty slice has no data source.
             return builder.as_data_source(split=split, file_format=FILE_FORMAT)

@@ -20,6 +20,7 @@ import tokenizers
 
 from datamux_jax import workdir
 from datamux_jax.data import cache, subword_models
+from datamux_jax.data.frames import Frame, padded, tokens_behind
 from datamux_jax.errors import InputError
 from datamux_jax.families import FAMILIES, SpecialTokens, published_tokens
 from datamux_jax.progress import Progress
@@ -64,6 +65,16 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens, special ones included."""
 
+    @property
+    def frame(self) -> Frame:
+        """The special tokens of a row."""
+
+    def pieces(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
+        """The ids of each text, without special tokens."""
+
+    def word_pieces(self, words: Sequence[str]) -> Iterator[Sequence[int]]:
+        """The ids of words that stand in a text, each on its own; a word may have none."""
+
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text as `[CLS] ... [SEP]`, int32, as long as it is."""
 
@@ -101,7 +112,16 @@ class ByteTokenizer:
 
     def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens, `[CLS]` included. There is no `[SEP]`."""
-        return _rows([[self.cls_id, *self._ids(text)[: length - 1]] for text in texts], length, self.pad_id)
+        return padded([[self.cls_id, *self._ids(text)[: length - 1]] for text in texts], length, self.pad_id)
+
+    @property
+    def frame(self) -> Frame:
+        return Frame((self.cls_id,), (self.sep_id,), (), self.pad_id, tuple(self._ids(" ").tolist()))
+
+    def pieces(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
+        return (self._ids(text).tolist() for text in texts)
+
+    word_pieces = pieces
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.concatenate([[self.cls_id], self._ids(text), [self.sep_id]], dtype=np.int32) for text in texts]
@@ -195,11 +215,11 @@ class SubwordTokenizer:
                 f"data.length = {length}, but a text needs at least 3 positions: [CLS], one token and [SEP]. Raise it."
             )
         pad, cls, sep, _ = self._special_ids
-        return _rows([[cls, *ids[: length - 2], sep] for ids in self._pieces(texts)], length, pad)
+        return padded([[cls, *ids[: length - 2], sep] for ids in self.pieces(texts)], length, pad)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         _, cls, sep, _ = self._special_ids
-        return [np.array([cls, *ids, sep], np.int32) for ids in self._pieces(texts)]
+        return [np.array([cls, *ids, sep], np.int32) for ids in self.pieces(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text behind token ids; padding, [CLS], [SEP], [MASK] and ids outside of the vocabulary are left out."""
@@ -210,12 +230,23 @@ class SubwordTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         workdir.write_text(folder / SUBWORD_FILE, self.content)
 
-    def _pieces(self, texts: Sequence[str]) -> Iterator[list[int]]:
+    @functools.cached_property
+    def frame(self) -> Frame:
+        pad, cls, sep, _ = self._special_ids
+        roberta = NAMES[1][0] in self._library.get_vocab()
+        return Frame((cls,), (sep, sep) if roberta else (sep,), (sep,), pad)
+
+    def pieces(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
         for start in range(0, len(texts), BLOCK_TEXTS):
             # The library refuses lone surrogates.
             block = [text.encode("utf-8", "replace").decode() for text in texts[start : start + BLOCK_TEXTS]]
             for encoding in self._library.encode_batch_fast(block, add_special_tokens=False):
                 yield encoding.ids
+
+    def word_pieces(self, words: Sequence[str]) -> Iterator[Sequence[int]]:
+        # Byte-level vocabularies tell a word by the space before it.
+        before = " " if "ByteLevel" in json.dumps(json.loads(self.content)["pre_tokenizer"]) else ""
+        return self.pieces([before + word for word in words])
 
 
 def open_tokenizer(name: str, data: Any, corpus: Corpus | None = None) -> Tokenizer:
@@ -307,23 +338,3 @@ def _train(kind: str, data: Any, corpus: Corpus, entry: Path) -> None:
     with cache.writing(entry):
         workdir.write_json(entry / cache.META, meta)
         tokenizer.save(entry)  # Last: where this file is, the entry is complete.
-
-
-def tokens_behind(vocab_size: int, num_instances: int, pad: int, cls: int, sep: int, mask: int) -> tuple[SpecialTokens, int]:
-    """Special tokens, with the filler and index tokens behind the vocabulary, and the size with them.
-
-    The size is rounded up to a multiple of 8, so that the table divides over the axes of usual meshes.
-    """
-    tokens = SpecialTokens(
-        pad=pad, cls=cls, sep=sep, mask=mask, mlp_first=cls, filler=vocab_size, index=vocab_size + num_instances, index_cls=cls
-    )
-    return tokens, -(-(vocab_size + 1 + num_instances) // 8) * 8
-
-
-def _rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, padded, and mask, both `[n, length]` int32."""
-    ids = np.full((len(rows), length), pad, np.int32)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[: len(tokens)] = tokens
-    sizes = np.array([len(tokens) for tokens in rows], np.int32)
-    return ids, (np.arange(length) < sizes[:, None]).astype(np.int32)
