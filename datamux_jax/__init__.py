@@ -9,10 +9,11 @@ from datamux_jax.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from datamux_jax.exported import ExportedPredictor
     from datamux_jax.predict import Predictor
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "__version__", "load"]
+__all__ = ["InputError", "__version__", "load", "load_exported"]
 
 
 def load(path: str | Path) -> Predictor:
@@ -30,3 +31,20 @@ def load(path: str | Path) -> Predictor:
     from datamux_jax import predict  # Imports jax and all; `import datamux_jax` alone stays quick.
 
     return predict.load(path)
+
+
+def load_exported(path: str | Path) -> ExportedPredictor:
+    """Loads an exported predictor, without the network's code: `datamux_jax.load_exported("exports/sst2")(["a fine film"])`.
+
+    Args:
+      path: what `python -m launch.convert --workdir=RUN --to_stablehlo=DIR` wrote.
+
+    Returns:
+      A `datamux_jax.exported.ExportedPredictor`, used like a `Predictor`.
+
+    Raises:
+      InputError: no such folder, a damaged one, or one for another kind of device.
+    """
+    from datamux_jax import exported
+
+    return exported.load_exported(path)

@@ -1,86 +1,115 @@
-"""Labels the lines of a text file, or the images of a .npy file, with a trained run.
+"""Predicts the rows of a table, or the images of a .npy file, with a trained run.
 
-    python -m launch.predict --workdir=runs/text/n2 --input=phrases.txt
+    python -m launch.predict --workdir=runs/text/n2 --input=phrases.txt --output=labels.tsv
+    python -m launch.predict --workdir=runs/mrpc --input=pairs.jsonl --text=first --text_pair=second --id=key --output=labels.parquet
 
-Writes one line an input: label, probability, and the text (tab-separated).
+Input: TSV, CSV, JSON lines, Parquet or lines of text of any size, or - for standard input. Output: one row for each row of the
+input, in the same order, with its number, prediction, whether the text was longer than the model reads, and what is wrong with the
+row. A row that is wrong does not stop the others. Interrupted, the same command goes on where it was, and the file becomes the same,
+byte for byte.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launch import cli
 
 if TYPE_CHECKING:
-    import numpy as np
+    from datamux_jax.data.tables import Table
+    from datamux_jax.inference import Inference
+    from datamux_jax.stream import Features, Fields
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a trained run.")
-INPUT = flags.DEFINE_string("input", "", "Text file, a line each; or a .npy array [n, length, features]; - for standard input.")
-OUTPUT = flags.DEFINE_string("output", "-", "File to write, which must not exist yet; - for standard output.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a trained run, or of an export (launch.convert --to_stablehlo).")
+INPUT = flags.DEFINE_string("input", "", "Table or text file; a .npy array [n, length, features]; - for standard input.")
+FORMAT = flags.DEFINE_string("format", "", "Of the input: tsv, csv, jsonl, parquet or text; default: by its ending, of - text.")
+HEADER = flags.DEFINE_bool("header", True, "TSV and CSV: the first row names the columns; without, they are 1, 2, ...")
+TEXT = flags.DEFINE_string("text", "text", "Column of the text, or of the words.")
+TEXT_PAIR = flags.DEFINE_string("text_pair", "", "Column of the second text, where the model reads pairs.")
+ID = flags.DEFINE_string("id", "", "Column that is copied to the output.")
+LABEL = flags.DEFINE_string("label", "", "Column of a label; one that the model does not know is reported.")
+ECHO = flags.DEFINE_bool("echo", False, "Copy the text to the output.")
+OUTPUT = flags.DEFINE_string("output", "-", "File to write: .tsv, .csv, .jsonl or .parquet; - for standard output, as TSV.")
+ENSEMBLE = flags.DEFINE_integer(
+    "ensemble", 1, "Times that every input is fed, logits averaged; divides the number of instances."
+)
+BUCKETS = flags.DEFINE_bool("buckets", True, "Cut rows to the length of their texts; --nobuckets pads all to the full length.")
 
 
-def read_inputs(name: str) -> list[str] | np.ndarray:
-    """Reads all inputs.
+def open_rows(inference: Inference, fields: Fields) -> Table | Features:
+    """Opens the input.
 
     Raises:
-      InputError: the file cannot be read, or a line is not UTF-8.
+      InputError: it cannot be read, or is not what the model reads.
     """
-    import numpy as np
-
+    from datamux_jax.data.tables import Table
     from datamux_jax.errors import InputError
+    from datamux_jax.stream import Features
 
-    way_out = "Check the path and its permissions."
-    try:
-        if name.endswith(".npy"):
-            array = np.load(name, allow_pickle=False)
-            if not isinstance(array, np.ndarray):
-                raise ValueError("it holds no single array")
-            return array
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"--input={name} cannot be read: {error}. {way_out}") from error
-    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            line.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"--input={name} is not UTF-8 in line {number}, byte {error.start + 1}. Convert it, for instance with "
-                "iconv -f latin1 -t utf-8."
-            ) from error
-    return [line.decode() for line in lines]
+    arrays = INPUT.value.endswith(".npy")
+    if arrays != (inference.format.inputs == "features"):
+        reads = "texts" if arrays else "feature arrays, from a .npy file"
+        raise InputError(f"--input={INPUT.value} does not fit: this model reads {reads}. Give another --input or --workdir.")
+    if arrays:
+        return Features(INPUT.value, inference.format.input_shape)
+    if INPUT.value == "-":
+        return Table(sys.stdin.buffer, fields.kinds(inference), file_format=FORMAT.value or "text", header=HEADER.value)
+    return Table(INPUT.value, fields.kinds(inference), file_format=FORMAT.value, header=HEADER.value)
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    from datamux_jax import load, workdir
+    from datamux_jax import output_files, stream
     from datamux_jax.errors import InputError
+    from datamux_jax.exported import is_export, load_exported
+    from datamux_jax.grouping import check_ensemble
 
+    # What needs no network is refused before one is loaded.
+    if INPUT.value != "-" and not Path(INPUT.value).is_file():
+        raise InputError(f"--input={INPUT.value} cannot be read: it is no file. Check the path.")
     output = None if OUTPUT.value == "-" else Path(OUTPUT.value)
-    if output and output.exists():
-        raise InputError(f"--output={output} exists and is not overwritten. Remove it, or choose another name.")
-    if output and not os.access(output.absolute().parent, os.W_OK):
-        raise InputError(
-            f"--output={output} cannot be written: its folder does not exist, or may not be written. Choose another."
-        )
-    inputs = read_inputs(INPUT.value)
-    predictions = load(WORKDIR.value)(inputs)
-    texts = inputs if isinstance(inputs, list) else [""] * len(inputs)
-    rows = [
-        "\t".join([p.label, f"{p.probability:.4f}", *([text] if isinstance(inputs, list) else [])])
-        for p, text in zip(predictions, texts, strict=True)
-    ]
-    text = "".join(row + "\n" for row in rows)
     if output:
-        workdir.write_text(output, text)
+        output_files.check_output(output)
+    inference: Inference
+    if is_export(Path(WORKDIR.value)):
+        inference = load_exported(WORKDIR.value)
     else:
-        sys.stdout.write(text)
+        from datamux_jax import load  # Imports the network.
+
+        inference = load(WORKDIR.value)
+    check_ensemble(ENSEMBLE.value, inference.instances)
+    texts = (TEXT.value, TEXT_PAIR.value) if TEXT_PAIR.value else (TEXT.value,)
+    arrays = inference.format.inputs == "features"
+    fields = stream.Fields((stream.FEATURES,) if arrays else texts, ID.value, LABEL.value, ECHO.value and not arrays)
+    columns = fields.columns(inference.objective)
+    how: Any = {"ensemble": ENSEMBLE.value, "buckets": BUCKETS.value, "show": output is not None}
+    with open_rows(inference, fields) as rows:
+        if output is None:
+            stream.predict_rows(inference, rows, output_files.Stream(sys.stdout.buffer, columns, "tsv"), fields, **how)
+            return
+        with output_files.OutputFile(output, columns, settings(inference)) as sink:
+            if sink.finished:
+                print(f"{output} is complete: {summary({'rows': sink.rows, **sink.counts})}")
+                return
+            print(f"{output}: {summary(stream.predict_rows(inference, rows, sink, fields, **how))}")
+
+
+def settings(inference: Inference) -> dict[str, Any]:
+    """What decides the content of the output, by flag."""
+    named = (WORKDIR, INPUT, FORMAT, HEADER, TEXT, TEXT_PAIR, ID, LABEL, ECHO, ENSEMBLE, BUCKETS)
+    return {flag.name: flag.value for flag in named} | {"model": inference.identity, "window": inference.window}
+
+
+def summary(counts: dict[str, int]) -> str:
+    return (
+        f"{counts['rows']:,} rows, {counts['scored']:,} predicted, of which {counts['truncated']:,} were longer than the model reads; "
+        f"{counts['errors']:,} have something wrong, see the column 'error'."
+    )
 
 
 if __name__ == "__main__":

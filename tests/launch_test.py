@@ -1,8 +1,11 @@
 """The commands, as a user types them."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +63,10 @@ def test_train_evaluate_predict(tmp_path):
     predicted = run("predict", f"--workdir={folder / 'n2'}", f"--input={tmp_path / 'images.npy'}")
     assert predicted.returncode == 0, predicted.stderr
     assert predicted.stderr == ""
-    rows = [line.split("\t") for line in predicted.stdout.splitlines()]
-    assert len(rows) == 5
-    assert all(label.isdigit() and 0 <= float(probability) <= 1 for label, probability in rows)
+    header, *rows = [line.split("\t") for line in predicted.stdout.splitlines()]
+    assert header == ["row", "label", "probability", "truncated", "error"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert all(label.isdigit() and 0 <= float(probability) <= 1 for _, label, probability, _, _ in rows)
 
 
 def test_loading_from_python_is_quiet(text_run):
@@ -73,13 +77,44 @@ def test_loading_from_python_is_quiet(text_run):
 
 def test_predict_reads_lines_and_never_overwrites(text_run, tmp_path):
     output = tmp_path / "out.tsv"
-    flags = [f"--workdir={text_run}", "--input=-", f"--output={output}"]
-    first = run("predict", *flags, stdin="guten Morgen\nbonjour\n")
-    assert first.returncode == 0, first.stderr
-    assert [line.split("\t")[2] for line in output.read_text().splitlines()] == ["guten Morgen", "bonjour"]
-    before = output.read_text()
+    flags = [f"--workdir={text_run}", "--input=-", f"--output={output}", "--echo"]
+    first = run("predict", *flags, stdin="guten Morgen\n\nbonjour\n")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "3 rows, 2 predicted" in first.stdout
+    header, *rows = [line.split("\t") for line in output.read_text().splitlines()]
+    assert header == ["row", "label", "probability", "truncated", "error", "input_text"]
+    assert [row[5] for row in rows] == ["guten Morgen", "", "bonjour"]
+    assert rows[1][:5] == ["2", "", "", "", "has no text in the column 'text'"]
+    before = output.read_bytes()
+    again = run("predict", *flags, stdin="hello\n")
+    assert (again.returncode, again.stdout) == (0, f"{output} is complete: 3 rows{first.stdout.partition('3 rows')[2]}")
+    assert_refused(run("predict", *flags, "--ensemble=2", stdin="hello\n"), "ensemble: 1 there, 2 now")
+    (tmp_path / "out.tsv.state.json").unlink()
     assert_refused(run("predict", *flags, stdin="hello\n"), "exists and is not overwritten")
-    assert output.read_text() == before
+    assert output.read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
+def test_a_prediction_that_is_killed_goes_on_and_ends_with_the_same_bytes(text_run, tmp_path, ending):
+    rows = [f"{i}\tphrase {i}" if i % 97 else f"{i}" for i in range(60_000)]
+    (tmp_path / "in.tsv").write_text("id\ttext\n" + "".join(row + "\n" for row in rows))
+    whole, killed = tmp_path / f"whole.{ending}", tmp_path / f"killed.{ending}"
+    flags = [f"--workdir={text_run}", f"--input={tmp_path / 'in.tsv'}", "--id=id"]
+    assert run("predict", *flags, f"--output={whole}").returncode == 0
+    state = tmp_path / f"killed.{ending}.state.json"
+    kills = 0
+    for wanted in (1, 20_000, 40_000):
+        command = [sys.executable, "-m", "launch.predict", *flags, f"--output={killed}"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (state.exists() and json.loads(state.read_text())["counts"]["rows"] >= wanted):
+            time.sleep(0.01)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 3
+    assert not killed.exists()
+    assert run("predict", *flags, f"--output={killed}").returncode == 0
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,337 @@
+"""Prediction for tables of any size in bounded memory: rows in, one row out for each, in the same order.
+
+Rows are taken in windows; a window is read and encoded in a thread of its own while the device works on the one before. Windows depend
+on the rows alone, so an interrupted prediction goes on at the start of one and computes the same numbers.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from datamux_jax.data.tables import Row
+from datamux_jax.errors import InputError
+from datamux_jax.inference import Inference, Prediction, Window
+from datamux_jax.output_files import Output
+from datamux_jax.progress import Progress
+
+WINDOW_CHARACTERS = 1 << 25  # A window ends early when its texts are longer than this together.
+FEATURES = "features"
+COLUMNS = {
+    "classification": {"label": "string", "probability": "number"},
+    "regression": {"value": "number"},
+    "tagging": {"tags": "words"},
+}
+T = TypeVar("T")
+
+
+class Rows(Protocol):
+    """Where rows come from: `data.tables.Table`, or `Features`."""
+
+    name: str
+    size: int
+
+    @property
+    def position(self) -> int: ...
+    def rows(self) -> Iterator[Row]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Which columns of the input are what.
+
+    Attributes:
+      inputs: the text, the two texts of a pair, the words, or `FEATURES`.
+      id: that names the row, copied to the output; "": none.
+      label: what the prediction should be, only checked: a label that the model does not know is reported. "": none.
+      echo: copy the text to the output, too.
+    """
+
+    inputs: tuple[str, ...]
+    id: str = ""
+    label: str = ""
+    echo: bool = False
+
+    def kinds(self, inference: Inference) -> dict[str, str]:
+        """What each column holds, as `Table` wants to know it.
+
+        Raises:
+          InputError: more or fewer columns of text than the model reads, or one column named twice.
+        """
+        reads = inference.format.inputs
+        wanted = 2 if reads == "pair" else 1
+        if len(self.inputs) != wanted:
+            raise InputError(
+                f"{len(self.inputs)} columns of text were named, but the model reads {reads!r}. Name {wanted}: --text=COLUMN"
+                + (" and --text_pair=COLUMN." if wanted == 2 else " alone.")
+            )
+        named = [name for name in (*self.inputs, self.id, self.label) if name]
+        if len(set(named)) < len(named):
+            raise InputError(f"One column is named twice among {', '.join(named)}. Each holds one thing; name another one.")
+        kinds = dict.fromkeys(self.inputs, "words" if reads == "words" else "text")
+        kinds |= {self.id: "value"} if self.id else {}
+        return kinds | ({self.label: "words" if inference.objective == "tagging" else "value"} if self.label else {})
+
+    def columns(self, objective: str) -> dict[str, str]:
+        """Columns of the output, with what they hold, as `output_files.Columns` says."""
+        columns = {"row": "integer"} | ({"id": "string"} if self.id else {}) | COLUMNS[objective]
+        columns |= {"truncated": "truth", "error": "string"}
+        return columns | (dict.fromkeys((f"input_{name}" for name in self.inputs), "string") if self.echo else {})
+
+
+class Block(NamedTuple):
+    """A window of rows.
+
+    Attributes:
+      rows: all of them.
+      errors: what is reported of each; "": nothing.
+      scored: which rows are predicted, as positions in `rows`.
+      window: their inputs.
+      position: bytes of the input that were read for this window and those before.
+      digest: of all rows up to here.
+    """
+
+    rows: list[Row]
+    errors: list[str]
+    scored: list[int]
+    window: Window
+    position: int
+    digest: str
+
+
+class Features:
+    """The rows of a `.npy` array `[n, L, F]`, read as they are needed.
+
+    Raises:
+      InputError: the file cannot be read, or holds no such array.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.name = name
+        self.size = self.position = 0
+        try:
+            array = np.load(name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"--input={name} cannot be read: {error}. Check the path and its permissions.") from error
+        if not isinstance(array, np.ndarray) or array.shape[1:] != shape or array.dtype.kind not in "fiub":
+            held = f"shape {list(array.shape)}, {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
+            raise InputError(f"--input={name} holds {held}, but this model reads numbers of shape [n, {shape[0]}, {shape[1]}].")
+        self._array = array
+        self.size = array.nbytes
+
+    def __enter__(self) -> Features:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """The mapping ends with the last row that is in use."""
+
+    def rows(self) -> Iterator[Row]:
+        for number, features in enumerate(self._array, start=1):
+            self.position += features.nbytes
+            value = np.asarray(features, np.float32)
+            finite = bool(np.isfinite(value).all())
+            yield Row(number, number, {FEATURES: value}, "" if finite else "holds a NaN or an infinity")
+
+
+def blocks(source: Rows, inference: Inference, fields: Fields, *, skip: int, digest: str) -> Iterator[Block]:
+    """The windows of all rows after the first `skip`.
+
+    Args:
+      source: of the rows.
+      inference: encodes them.
+      fields: which columns are what.
+      skip: rows that were predicted before.
+      digest: of these, as the last block had it.
+
+    Raises:
+      InputError: the rows to skip are not those of `digest`.
+    """
+    hashed = hashlib.blake2b(digest_size=16)
+    rows: list[Row] = []
+    number = characters = 0
+    for row in source.rows():
+        number = row.number
+        for value in (row.problem, *row.values.values()):
+            hashed.update(value.tobytes() if isinstance(value, np.ndarray) else f"{value!r}\n".encode("utf-8", "replace"))
+        if number <= skip:
+            if number == skip and hashed.hexdigest() != digest:
+                raise _changed(source, skip)
+            continue
+        rows.append(row)
+        characters += sum(len(value) for value in row.values.values())
+        if len(rows) == inference.window or characters >= WINDOW_CHARACTERS:
+            yield _block(rows, inference, fields, source.position, hashed.hexdigest())
+            rows, characters = [], 0
+    if number < skip:
+        raise _changed(source, skip)
+    if rows:
+        yield _block(rows, inference, fields, source.position, hashed.hexdigest())
+
+
+def _changed(source: Rows, skip: int) -> InputError:
+    return InputError(
+        f"The first {skip:,} rows of {source.name} are no longer those that were predicted before the interruption. Give the input as "
+        "it was, or another --output to start anew."
+    )
+
+
+def _block(rows: list[Row], inference: Inference, fields: Fields, position: int, digest: str) -> Block:
+    errors, scored, inputs = [], [], []
+    for place, row in enumerate(rows):
+        error = row.problem
+        readable = all(name in row.values for name in fields.inputs)
+        # A row whose id or label alone is wrong is predicted, and reported.
+        beside = any(name not in row.values for name in (fields.id, fields.label) if name)
+        if readable and (not error or beside):
+            scored.append(place)
+            values = [row.values[name] for name in fields.inputs]
+            inputs.append(tuple(values) if len(values) == 2 else values[0])
+            error = error or _label_error(row, inference, fields)
+        errors.append(error)
+    empty = Window({}, np.zeros(0, int), np.zeros(0, bool), None)
+    return Block(rows, errors, scored, inference.encode(inputs) if inputs else empty, position, digest)
+
+
+def _label_error(row: Row, inference: Inference, fields: Fields) -> str:
+    """What is wrong with the label of a row; "": nothing."""
+    if not fields.label:
+        return ""
+    label = row.values[fields.label]
+    if inference.objective == "regression":
+        try:
+            float(label)
+        except ValueError:
+            return f"has the label {label!r}, which is no number"
+        return ""
+    unknown = next((name for name in (label if isinstance(label, list) else [label]) if name not in inference.labels), None)
+    if unknown is not None:
+        return f"has the label {unknown!r}, which the model does not know"
+    words = row.values[fields.inputs[0]]
+    if isinstance(label, list) and len(label) != len(words):
+        return f"has {len(label)} labels for {len(words)} words"
+    return ""
+
+
+def background(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """The items, made in a thread that is at most `depth` items ahead; its errors are raised here."""
+    made: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(*entry: Any) -> None:
+        while not stop.is_set():
+            try:
+                made.put(entry, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(True, item)
+                if stop.is_set():
+                    return
+            put(False, None)
+        except BaseException as error:
+            put(False, error)
+
+    # A daemon: it may wait for standard input when the program ends.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            more, item = made.get()
+            if not more:
+                break
+            yield item
+    finally:
+        stop.set()
+    if item is not None:
+        raise item
+
+
+def predict_rows(
+    inference: Inference,
+    source: Rows,
+    output: Output,
+    fields: Fields,
+    *,
+    ensemble: int = 1,
+    buckets: bool = True,
+    show: bool = True,
+) -> dict[str, int]:
+    """Predicts all rows that `output` does not hold yet.
+
+    Args:
+      inference: the model.
+      source: the rows.
+      output: takes a row for each, in order.
+      fields: which columns are what.
+      ensemble: as for `Inference.logits`.
+      buckets: as for `Inference.logits`.
+      show: progress on standard output, where the size of the input is known.
+
+    Returns:
+      Number of `rows` in the output, and of those since the start: `scored`, `truncated` and `errors`.
+
+    Raises:
+      InputError: the input is another one than before an interruption, or cannot be read to its end.
+    """
+    waiting: collections.deque[Block] = collections.deque()
+    counts = {"rows": output.rows, **output.counts}
+    progress = Progress("Predicting (kB read)", max(source.size // 1024, 1)) if show and source.size else None
+    first = True
+
+    def windows() -> Iterator[Window]:
+        made = blocks(source, inference, fields, skip=output.rows, digest=output.digest)
+        for block in background(made):
+            waiting.append(block)
+            yield block.window
+
+    for logits in inference.outputs(windows(), ensemble=ensemble, buckets=buckets):
+        block = waiting.popleft()
+        answers = inference.answers(logits) if block.scored else []
+        counts["rows"] += len(block.rows)
+        counts["scored"] += len(block.scored)
+        counts["truncated"] += int(block.window.truncated.sum())
+        counts["errors"] += sum(map(bool, block.errors))
+        output.write(list(_lines(block, answers, fields, inference.objective)), counts, block.digest)
+        if progress:
+            progress.update(min(block.position // 1024, max(source.size // 1024, 1) - 1), f"{counts['rows']:,} rows")
+            if first:  # What came before is compilation, and rows passed over.
+                progress.restart_clock(block.position // 1024)
+        first = False
+    output.finish()
+    if progress:
+        progress.close()
+    return counts
+
+
+def _lines(block: Block, answers: list[Any], fields: Fields, objective: str) -> Iterator[dict[str, Any]]:
+    """Rows of the output."""
+    columns = fields.columns(objective)
+    places = {place: number for number, place in enumerate(block.scored)}
+    for place, (row, error) in enumerate(zip(block.rows, block.errors, strict=True)):
+        values: dict[str, Any] = dict.fromkeys(columns)
+        values |= {"row": row.number, "error": error or None}
+        if fields.id:
+            values["id"] = row.values.get(fields.id)
+        if fields.echo:
+            given = {name: row.values.get(name) for name in fields.inputs}
+            values |= {f"input_{name}": " ".join(v) if isinstance(v, list) else v for name, v in given.items()}
+        if place in places:
+            values["truncated"] = bool(block.window.truncated[places[place]])
+            answer = answers[places[place]]
+            if isinstance(answer, Prediction):
+                values |= {"label": answer.label, "probability": round(answer.probability, 6)}
+            elif isinstance(answer, list):
+                values["tags"] = answer
+            else:
+                values["value"] = round(answer, 6)
+        yield values

@@ -1,0 +1,223 @@
+"""Prediction of tables: what comes out for good and for damaged rows, and going on after an interruption."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+import datamux_jax
+from datamux_jax import inference, output_files, stream
+from datamux_jax.data.tables import Table
+from datamux_jax.errors import InputError
+
+TEXT = stream.Fields(("text",), "key", "language", echo=True)
+GOOD = [f"phrase {i}" for i in range(70)]
+
+
+@pytest.fixture(scope="module")
+def predictor(text_run):
+    return datamux_jax.load(text_run)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(inference, "WINDOW", 32)
+
+
+def write_rows(path, rows=None):
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows or [{"text": text, "key": i} for i, text in enumerate(GOOD)])
+    )
+    return path
+
+
+def predict(predictor, source, target, fields=None, settings=None, **changes):
+    fields = fields or stream.Fields(("text",), "key")
+    columns = fields.columns(predictor.objective)
+    with (
+        output_files.OutputFile(target, columns, settings or {"seed": 1}) as output,
+        Table(source, fields.kinds(predictor)) as rows,
+    ):
+        return None if output.finished else stream.predict_rows(predictor, rows, output, fields, show=False, **changes)
+
+
+def read(path):
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
+def test_every_row_in_order_with_its_id_as_from_python(predictor, tmp_path, ending):
+    counts = predict(predictor, write_rows(tmp_path / "in.jsonl"), tmp_path / f"out.{ending}")
+    assert counts == {"rows": 70, "scored": 70, "truncated": 0, "errors": 0}
+    rows = read(tmp_path / f"out.{ending}")
+    assert [str(row["id"]) for row in rows] == [str(i) for i in range(70)]
+    assert [str(row["row"]) for row in rows] == [str(i + 1) for i in range(70)]
+    expected = predictor(GOOD)
+    assert [row["label"] for row in rows] == [p.label for p in expected]
+    np.testing.assert_allclose([float(row["probability"]) for row in rows], [p.probability for p in expected], atol=1e-6)
+
+
+DAMAGED = [
+    (b'{"text": "guten Morgen", "key": "a", "language": "de"}', "de", ""),
+    (b'{"text": "bonjour \xff", "key": "b", "language": "fr"}', None, "is not UTF-8"),
+    (b'{"text": "no such language", "key": "c", "language": "xx"}', "scored", "the label 'xx', which the model does not know"),
+    (b'{"key": "d", "language": "de"}', None, "has no field 'text'"),
+    (b'{"text": "  ", "key": "e", "language": "de"}', None, "has no text"),
+    (b'{"text": 7, "key": "f", "language": "de"}', None, "type int"),
+    (b'{"text": "no key", "language": "de"}', "scored", "has no field 'key'"),
+    (b"{", None, "is no JSON"),
+    (b'{"text": "' + 10_000 * b"long " + b'", "key": "i", "language": "en"}', "truncated", ""),
+    (b'{"text": "no language", "key": "j", "language": null}', "scored", "no value in the column 'language'"),
+]
+
+
+def test_damaged_rows_are_reported_and_stop_nothing(predictor, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(line for line, _, _ in DAMAGED) + b"\n")
+    counts = predict(predictor, tmp_path / "in.jsonl", tmp_path / "out.jsonl", TEXT)
+    rows = read(tmp_path / "out.jsonl")
+    assert counts == {"rows": 10, "scored": 5, "truncated": 3, "errors": 8}
+    for number, (row, (_, outcome, error)) in enumerate(zip(rows, DAMAGED, strict=True), start=1):
+        assert row["row"] == number
+        assert (row["error"] is None) if not error else error in row["error"], row
+        assert (row["label"] in predictor.labels) == (outcome is not None), row
+        assert (row["truncated"] is None) == (outcome is None)
+    assert rows[8]["truncated"] is True
+    assert rows[0]["input_text"] == "guten Morgen"
+
+
+def test_a_table_of_damaged_rows_alone(predictor, tmp_path):
+    counts = predict(predictor, write_rows(tmp_path / "in.jsonl", [{"text": "", "key": 1}] * 70), tmp_path / "out.tsv")
+    assert (counts["rows"], counts["scored"], counts["errors"]) == (70, 0, 70)
+    assert len(read(tmp_path / "out.tsv")) == 70
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ending", ["tsv", "parquet"])
+@pytest.mark.parametrize("moment", ["before the state", "in a window", "before the name", "after the name"])
+def test_going_on_gives_the_same_bytes(predictor, tmp_path, monkeypatch, ending, moment):
+    source = write_rows(tmp_path / "in.jsonl")
+    whole, killed = tmp_path / f"whole.{ending}", tmp_path / f"killed.{ending}"
+    predict(predictor, source, whole)
+    save = output_files.OutputFile._save
+
+    def failing(self, size, *, finished):
+        late = {"before the state": self.rows == 64, "in a window": self.rows == 32}
+        if (finished and moment == "after the name") or late.get(moment):
+            if moment == "in a window":
+                save(self, size, finished=finished)
+                self._handle.write(b"half a row, of which nobody kno")
+                self._handle.flush()
+            raise KilledError
+        save(self, size, finished=finished)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_files.OutputFile, "_save", failing)
+        if moment == "before the name":
+            patch.setattr(output_files.OutputFile, "finish", lambda self: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError):
+            predict(predictor, source, killed)
+    predict(predictor, source, killed)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not killed.with_name(killed.name + ".partial").exists()
+    assert predict(predictor, source, killed) is None  # Not done again.
+
+
+def interrupted(predictor, source, target, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(output_files.OutputFile, "finish", lambda self: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError):
+            predict(predictor, source, target)
+
+
+def test_another_input_or_other_settings_are_refused(predictor, tmp_path, monkeypatch):
+    source, target = write_rows(tmp_path / "in.jsonl"), tmp_path / "out.tsv"
+    interrupted(predictor, source, target, monkeypatch)
+    kept = (tmp_path / "out.tsv.partial").read_bytes()
+    with pytest.raises(InputError, match="seed: 1 there, 2 now"):
+        predict(predictor, source, target, settings={"seed": 2})
+    write_rows(source, [{"text": text, "key": i if i else 5} for i, text in enumerate(GOOD)])
+    with pytest.raises(InputError, match=r"The first 70 rows of .* are no longer those"):
+        predict(predictor, source, target)
+    write_rows(source, [{"text": text, "key": i} for i, text in enumerate(GOOD[:40])])
+    with pytest.raises(InputError, match=r"The first 70 rows of .* are no longer those"):
+        predict(predictor, source, target)
+    assert (tmp_path / "out.tsv.partial").read_bytes() == kept
+    (tmp_path / "out.tsv.partial").write_bytes(kept[:-1])
+    with pytest.raises(InputError, match=r"bytes, but .* were written"):
+        predict(predictor, write_rows(source), target)
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    first = output_files.OutputFile(tmp_path / "out.tsv", {"row": "integer"}, {})
+    with pytest.raises(InputError, match="Another process is writing"):
+        output_files.OutputFile(tmp_path / "out.tsv", {"row": "integer"}, {})
+    first.finish()
+    assert (tmp_path / "out.tsv").read_text() == "row\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("out.txt", "'.txt', which is no format"), ("no/out.tsv", "folder does not exist"), ("in.tsv", "not overwritten")],
+)
+def test_outputs_that_cannot_be_written_are_refused(tmp_path, name, message):
+    (tmp_path / "in.tsv").touch()
+    with pytest.raises(InputError, match=message):
+        output_files.check_output(tmp_path / name)
+
+
+def test_a_stream_goes_out_row_by_row(predictor):
+    fields = stream.Fields(("text",), echo=True)
+    out = io.BytesIO()
+    rows = Table(io.BytesIO(b"guten\tMorgen\nbonjour"), fields.kinds(predictor), file_format="text")
+    sink = output_files.Stream(out, fields.columns("classification"), "tsv")
+    assert stream.predict_rows(predictor, rows, sink, fields)["rows"] == 2
+    header, *lines = [line.split("\t") for line in out.getvalue().decode().splitlines()]
+    assert header == ["row", "label", "probability", "truncated", "error", "input_text"]
+    assert [line[5] for line in lines] == ["guten Morgen", "bonjour"]
+
+
+def test_arrays_are_rows_too(digits_run, tmp_path):
+    predictor = datamux_jax.load(digits_run)
+    images = np.random.default_rng(0).random((40, 8, 8), np.float32)
+    images[7, 0, 0] = np.nan
+    np.save(tmp_path / "images.npy", images)
+    fields = stream.Fields((stream.FEATURES,))
+    target = tmp_path / "out.jsonl"
+    output = output_files.OutputFile(target, fields.columns(predictor.objective), {})
+    source = stream.Features(str(tmp_path / "images.npy"), (8, 8))
+    counts = stream.predict_rows(predictor, source, output, fields, show=False)
+    assert (counts["rows"], counts["scored"], counts["errors"]) == (40, 39, 1)
+    assert read(target)[7]["error"] == "holds a NaN or an infinity"
+    with pytest.raises(InputError, match=r"holds shape \[40, 8, 8\].*\[n, 9, 8\]"):
+        stream.Features(str(tmp_path / "images.npy"), (9, 8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [(stream.Fields(("a", "b")), "2 columns of text were named"), (stream.Fields(("a",), "a"), "One column is named twice")],
+)
+def test_columns_that_do_not_fit_the_model_are_refused(predictor, fields, message):
+    with pytest.raises(InputError, match=message):
+        fields.kinds(predictor)
+
+
+def test_errors_of_the_thread_arrive():
+    def items():
+        yield 1
+        raise KilledError
+
+    made = stream.background(items())
+    assert next(made) == 1
+    with pytest.raises(KilledError):
+        next(made)
