@@ -34,8 +34,8 @@ def evaluate(
       predictions: file to write those of grouping 0 to, see `predicted.write`.
 
     Returns:
-      For each metric its mean over groupings, `NAME_std` (over groupings, population), `NAME_per_slot`; and what was evaluated. `metrics`
-      names those of the task, the most important one first; `words_cut` counts the labelled words beyond the length.
+      For each metric its mean over groupings, `NAME_std` (over groupings, population), `NAME_per_slot`; and what was evaluated.
+      `metrics` names those of the task, the most important one first; `words_cut` counts the labelled words beyond the length.
 
     Raises:
       InputError: no such split, no groupings, or predictions that cannot be written.

@@ -23,8 +23,8 @@ DIGITS = 6  # Of the numbers in the file.
 def numbers(scored: Scored, arrays: Arrays, fmt: Format, instances: int) -> dict[str, Any]:
     """The metrics of the format, of one grouping, by name; and `NAME_per_slot`, a list. Nothing where no task was scored.
 
-    Examples that were scored in every slot count once for each. Words without a prediction, because they lie beyond the length, count as
-    wrong; the accuracy of tags, that of all words, is always there.
+    Examples that were scored in every slot count once for each. Words without a prediction, because they lie beyond the length,
+    count as wrong; the accuracy of tags, that of all words, is always there.
 
     Args:
       scored: the examples.
