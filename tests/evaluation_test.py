@@ -47,6 +47,8 @@ def test_outputs_come_in_the_order_of_the_examples(examples, every_slot):
     assert scored.totals["loss"][1] == passes * examples
     if every_slot:
         np.testing.assert_array_equal(np.sort(scored.slots, axis=0), np.arange(3)[:, None] + np.zeros(examples))
+        once = scoring.score(telling, None, arrays, config, mesh, seed=1)
+        np.testing.assert_array_equal(scored.slots[0], once.slots[0])
     other = scoring.score(telling, None, arrays, config, mesh, seed=2, every_slot=every_slot)
     assert examples == 3 or np.any(other.slots != scored.slots)
 
@@ -284,6 +286,8 @@ def test_the_metrics_of_tags_count_the_words_that_were_cut_off(sentences, tmp_pa
     assert "combined" not in result
     assert 0 < result["entity_f1"] < 1
     assert len(result["entity_recall_per_slot"]) == 2
+    text = report.markdown({"title": "T", "scores": {"": result}, "throughput": {}}, {"": config})
+    assert f"since they lie beyond the length: {result['words_cut']} words." in text
     evaluate_run(tmp_path / "run", groupings=1, predictions=tmp_path / "out.tsv")
     cut = next(number for number, row in enumerate(rows) if None in row["prediction"])
     line = (tmp_path / "out.tsv").read_text().splitlines()[1 + cut].split("\t")
