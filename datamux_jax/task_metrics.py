@@ -175,13 +175,18 @@ def check(metrics: Sequence[str], objective: str, label_names: Sequence[str]) ->
 
 def numbers_of(metrics: Sequence[str]) -> list[str]:
     """Names of what `measure` returns."""
-    return [number for name in metrics for number in METRICS[name].numbers] + [COMBINED] * (len(metrics) > 1)
+    return [number for name in metrics for number in METRICS[name].numbers] + [COMBINED] * _combines(metrics)
+
+
+def _combines(metrics: Sequence[str]) -> bool:
+    """Whether the mean of `metrics` is reported: that of several in GLUE, which has no entities."""
+    return len(metrics) > 1 and "entity_f1" not in metrics
 
 
 def measure(
     metrics: Sequence[str], labels: np.ndarray, predictions: np.ndarray, label_names: Sequence[str]
 ) -> dict[str, float | None]:
-    """The numbers of all `metrics`; of several also `combined`, their arithmetic mean, as in GLUE. None where there are no labels.
+    """The numbers of all `metrics`, and `combined`, the mean of those of a task of GLUE with several. None where there are no labels.
 
     Args:
       metrics: keys of `METRICS`.
@@ -195,6 +200,6 @@ def measure(
     for name in metrics:
         metric = METRICS[name]
         numbers |= zip(metric.numbers, metric.compute(labels, predictions, label_names), strict=True)
-    if len(metrics) > 1:
+    if _combines(metrics):
         numbers[COMBINED] = float(np.mean([numbers[name] for name in metrics]))
     return numbers

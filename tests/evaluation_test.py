@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from datamux_jax import experiment, metrics, predicted, report, scoring, sharding, task_metrics, workdir
-from datamux_jax.data import pipeline, sources
+from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import evaluate, evaluate_run
 from datamux_jax.losses import NO_LABEL
@@ -103,51 +103,50 @@ def test_every_process_and_every_mesh_have_the_outputs_of_all_examples(tmp_path)
         np.testing.assert_allclose(found["outputs"], alone["outputs"], atol=1e-5)
 
 
-def splits(draw):
-    """Examples whose inputs tell of the label, with some noise."""
+def serve(monkeypatch, name, fmt, splits):
+    """Gives these data to every config with that `data.name`."""
+    for function, given in (("format_of", fmt), ("splits_of", splits)):
+        original = getattr(pipeline, function)
+
+        def chosen(config, *args, given=given, original=original):
+            return given if config.data.name == name else original(config, *args)
+
+        monkeypatch.setattr(pipeline, function, chosen)
+
+
+def told(draw):
+    """Examples whose features tell of the label, with some noise."""
     found = {}
     for split, count in (("train", 64), ("test", 51)):
         rng = np.random.default_rng(count)
         label, rows = draw(rng, count), rng.normal(size=(count, 4, 3)).astype(np.float32)
         rows[..., 0] += label[:, None]
-        found[split] = sources.Examples(rows, label)
+        found[split] = {"inputs": rows, "mask": np.ones((count, 4), np.int32), "label": label}
     return found
-
-
-def serve(monkeypatch, name, source):
-    """Registers a source, whose inputs are features."""
-    sources.load.cache_clear()
-    pipeline._encoded.cache_clear()
-    monkeypatch.setitem(sources.SOURCES, name, lambda *args: source)
-    original = pipeline.format_of
-
-    def format_of(config, run=None):
-        fmt = original(config, run)
-        return dataclasses.replace(fmt, metrics=source.metrics) if config.data.source == name else fmt
-
-    monkeypatch.setattr(pipeline, "format_of", format_of)
 
 
 @pytest.fixture(scope="module")
 def paraphrases(tmp_path_factory):
     """A run on two classes, scored as MRPC is."""
     folder = tmp_path_factory.mktemp("paraphrases") / "run"
-    labels = splits(lambda rng, count: rng.integers(0, 2, count).astype(np.int32))
+    fmt = pipeline.Format(("no", "yes"), 4, feature_size=3, inputs="features", metrics=("f1", "accuracy"))
     with pytest.MonkeyPatch.context() as patch:
-        serve(patch, "paraphrases", sources.Source(labels, ("no", "yes"), ("f1", "accuracy")))
-        config = small_config(2, data__source="paraphrases", steps=30, eval__every=10, optimizer__learning_rate=1e-2)
+        serve(patch, "paraphrases", fmt, told(lambda rng, count: rng.integers(0, 2, count).astype(np.int32)))
+        config = small_config(2, data__name="paraphrases", steps=30, eval__every=10, optimizer__learning_rate=1e-2)
         config.checkpoint.update({"keep_best": 1, "best": "f1"})
         train(config, folder)
         yield folder
 
 
+SIMILARITIES = pipeline.Format((), 4, feature_size=3, inputs="features", metrics=("pearson", "spearman"))
+
+
 @pytest.fixture
 def similarities(monkeypatch):
     """Numbers, scored as STS-B is."""
-    labels = splits(lambda rng, count: rng.uniform(0, 5, count).astype(np.float32))
-    source = sources.Source(labels, (), ("pearson", "spearman"))
-    serve(monkeypatch, "similarities", source)
-    return source
+    splits = told(lambda rng, count: rng.uniform(0, 5, count).astype(np.float32))
+    serve(monkeypatch, "similarities", SIMILARITIES, splits)
+    return splits
 
 
 WORDS = 6
@@ -176,8 +175,7 @@ def sentences(monkeypatch):
         return arrays
 
     splits = {"train": split(64), "test": split(51)}
-    monkeypatch.setattr(pipeline, "format_of", lambda *args: fmt)
-    monkeypatch.setattr(pipeline, "splits_of", lambda *args: splits)
+    serve(monkeypatch, "sentences", fmt, splits)
     return splits
 
 
@@ -194,9 +192,8 @@ def test_the_metrics_of_classes_are_those_of_the_predictions(paraphrases, tmp_pa
     with (tmp_path / "out.tsv").open(newline="") as handle:
         rows = list(csv.DictReader(handle, delimiter="\t"))
     assert [int(row["row"]) for row in rows] == list(range(51))
-    assert [row["label"] for row in rows] == [
-        ("no", "yes")[label] for label in sources.load("paraphrases").split("test").labels
-    ]
+    labels = pipeline.splits_of(load_run(paraphrases).config, None)["test"]["label"]
+    assert [row["label"] for row in rows] == [("no", "yes")[label] for label in labels]
     assert {row["prediction"] for row in rows} == {"no", "yes"}
     right = [row["label"] == row["prediction"] for row in rows]
     assert result["accuracy"] == pytest.approx(np.mean(right))
@@ -247,7 +244,7 @@ def test_in_every_slot_all_examples_count_for_each(paraphrases):
 
 
 def test_the_metrics_of_numbers_are_those_of_the_predictions(similarities, tmp_path, capsys):
-    changes = {"data__source": "similarities", "steps": 60, "optimizer__learning_rate": 1e-2, "title": "STS"}
+    changes = {"data__name": "similarities", "steps": 60, "optimizer__learning_rate": 1e-2, "title": "STS"}
     experiment.run(small_config(2, objective="regression", **changes), tmp_path / "run")
     shown = capsys.readouterr().out
     assert "| Pearson " in shown
@@ -258,7 +255,7 @@ def test_the_metrics_of_numbers_are_those_of_the_predictions(similarities, tmp_p
     result = evaluate_run(tmp_path / "run", groupings=1, predictions=tmp_path / "out.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     pairs = np.array([[row["label"], row["prediction"]] for row in rows])
-    np.testing.assert_allclose(pairs[:, 0], similarities.splits["test"].labels, atol=1e-5)
+    np.testing.assert_allclose(pairs[:, 0], similarities["test"]["label"], atol=1e-5)
     assert result["pearson"] == pytest.approx(np.corrcoef(pairs.T)[0, 1], abs=1e-5)
     assert result["pearson"] > 0.3
     assert result["squared_error"] == pytest.approx(np.mean(np.square(pairs[:, 0] - pairs[:, 1])), rel=1e-4)
@@ -268,7 +265,9 @@ def test_the_metrics_of_numbers_are_those_of_the_predictions(similarities, tmp_p
 
 
 def test_the_metrics_of_tags_count_the_words_that_were_cut_off(sentences, tmp_path):
-    config = small_config(2, objective="tagging", data__source="cldr", steps=60, eval__every=60, optimizer__learning_rate=1e-2)
+    config = small_config(
+        2, objective="tagging", data__name="sentences", steps=60, eval__every=60, optimizer__learning_rate=1e-2
+    )
     config.checkpoint.update({"keep_best": 1, "best": "entity_recall"})
     train(config, tmp_path / "run")
     result = evaluate_run(tmp_path / "run", groupings=1, predictions=tmp_path / "out.jsonl")
@@ -334,7 +333,7 @@ def test_only_a_run_with_a_task_has_predictions(tmp_path):
 
 
 def test_metrics_of_another_kind_are_refused_before_any_work(similarities, monkeypatch, tmp_path):
-    serve(monkeypatch, "similarities", dataclasses.replace(similarities, metrics=("accuracy",)))
+    serve(monkeypatch, "similarities", dataclasses.replace(SIMILARITIES, metrics=("accuracy",)), similarities)
     with pytest.raises(InputError, match=r"'accuracy' measures classification or tagging, but objective = 'regression'"):
-        train(small_config(2, objective="regression", data__source="similarities"), tmp_path / "run")
+        train(small_config(2, objective="regression", data__name="similarities"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

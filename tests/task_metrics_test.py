@@ -118,6 +118,8 @@ def test_several_metrics_are_combined_as_in_glue():
     both = task_metrics.measure(("accuracy", "f1"), labels, found, names)
     assert both == pytest.approx({"accuracy": 0.75, "f1": 2 / 3, "combined": (0.75 + 2 / 3) / 2})
     assert list(both) == task_metrics.numbers_of(("accuracy", "f1"))
+    tagged = task_metrics.measure(("entity_f1", "accuracy"), tags("B-PER O"), tags("B-PER S-LOC"), NAMES)
+    assert tagged == pytest.approx({"entity_precision": 0.5, "entity_recall": 1.0, "entity_f1": 2 / 3, "accuracy": 0.5})
     nothing = task_metrics.measure(("accuracy", "f1"), labels[:0], found[:0], names)
     assert nothing == {"accuracy": None, "f1": None, "combined": None}
 
