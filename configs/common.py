@@ -149,14 +149,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.checkpoint.keep_best = (
         0  # Best ones that stay besides; if not 0, the best is what evaluation, prediction and init_from use.
     )
-    c.checkpoint.best = (
-        "loss"  # What is best, a metric of the evaluations: the lowest loss or error, the highest of anything else.
-    )
+    # What is best, a metric of the evaluations ("matthews", where the data are scored so): the lowest loss or error, the highest
+    # of anything else.
+    c.checkpoint.best = "loss"
 
     c.eval = ml_collections.ConfigDict()
     c.eval.split = "test"  # Of running text: "validation".
-    c.eval.every = 0  # Steps between evaluations during training; 0: none. A checkpoint is saved at each.
-    c.eval.examples = 0  # Of the split, scored during training: the first ones; 0: all. In running text an example is a chunk.
+    c.eval.every = 0  # Steps between evaluations during training, in one grouping; 0: none. A checkpoint is saved at each.
+    c.eval.examples = 0  # Of the split, scored in training and after it: the first ones; 0: all. Of running text: chunks.
     c.eval.groupings = 5  # Random groupings; who is mixed with whom changes predictions.
     c.eval.every_slot = False  # Score every example in every slot of its group; costs N times as much.
     c.eval.batch_groups = 64  # Groups a batch, also in prediction and in the benchmark.

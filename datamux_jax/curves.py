@@ -16,6 +16,11 @@ PANELS = {
     "mlm_accuracy": "MLM accuracy",
     "replaced_accuracy": "replaced tokens found, accuracy",
     "accuracy": "accuracy",
+    "matthews": "Matthews' correlation",
+    "f1": "F1",
+    "pearson": "Pearson's correlation",
+    "spearman": "Spearman's correlation",
+    "entity_f1": "entity F1",
 }
 
 
@@ -35,7 +40,8 @@ def plot(path: Path, runs: Mapping[str, Path], title: str) -> bool:
     lines = {name: read_lines(run) for name, run in runs.items()}
     panels: dict[str, list[str]] = {}
     for metric in PANELS:
-        names = [name for name in runs if len(points(lines[name], metric)) > 1]
+        # Metrics of whole sets of predictions are there in evaluations alone.
+        names = [name for name in runs if max(len(points(lines[name], prefix + metric)) for prefix in ("", "eval_")) > 1]
         if names:
             panels[metric] = names
     if not panels:
@@ -51,7 +57,8 @@ def plot(path: Path, runs: Mapping[str, Path], title: str) -> bool:
         for name in names:
             evaluated = points(lines[name], f"eval_{metric}")
             thin = {"linewidth": 0.8, "alpha": 0.6} if evaluated else {"linewidth": 1.5, "label": name or "run"}
-            axes.plot(*zip(*points(lines[name], metric), strict=True), color=colors[name], **thin)
+            if trained := points(lines[name], metric):
+                axes.plot(*zip(*trained, strict=True), color=colors[name], **thin)
             if evaluated:
                 axes.plot(
                     *zip(*evaluated, strict=True), "o-", color=colors[name], label=name or "run", markersize=3, linewidth=1.5

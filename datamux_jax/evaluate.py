@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datamux_jax import distributed, metrics, saved, scoring, workdir
+from datamux_jax import distributed, losses, metrics, predicted, saved, scoring, workdir
 from datamux_jax.build import build_generator
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run, load_run
 
+NAME = "metrics"
 
-def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -> dict[str, Any]:
+
+def evaluate(
+    run: Run, *, split: str, groupings: int, label: str = "evaluate", predictions: Path | None = None
+) -> dict[str, Any]:
     """Scores every example of a split in each of `groupings` random groupings.
 
     With `config.eval.every_slot` each group is scored `N` times, its instances moved on by one slot each time: every example then
@@ -26,16 +31,20 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
       split: of its data source.
       groupings: number of groupings; grouping `g` is drawn with the seed `g`.
       label: of the progress line.
+      predictions: file to write those of grouping 0 to, see `predicted.write`.
 
     Returns:
       For each metric its mean over groupings, `NAME_std` (over groupings, population), `NAME_per_slot`; and what was evaluated.
+      `metrics` names those of the task, the most important one first; `words_cut` counts the labelled words beyond the length.
 
     Raises:
-      InputError: no such split, or no groupings.
+      InputError: no such split, no groupings, or predictions that cannot be written.
     """
     if groupings < 1:
-        raise InputError(f"--groupings={groupings} leaves nothing to measure. Ask for at least 1.")
+        raise InputError(f"groupings = {groupings} leaves nothing to measure. Ask for at least 1.")
     config = run.config
+    if predictions is not None:
+        check_predictions(predictions, config)
     fmt = pipeline.format_of(config, run.path)
     if fmt != run.format:
         raise InputError(
@@ -45,18 +54,19 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
     splits = pipeline.splits_of(config, fmt)
     arrays = scoring.first_examples(splits[choose(splits, split, "The split")], config.eval.examples)
     step = scoring.scoring_step(config, run.model, build_generator(config, run.model))
-    per_grouping = []
+    totals, scores, about = [], [], {}
     progress = Progress(label, groupings)
     for seed in range(groupings):
-        sums = scoring.score(step, run.params, arrays, config, run.mesh, seed=seed, every_slot=config.eval.every_slot)
-        per_grouping.append(sums)
+        scored = scoring.score(step, run.params, arrays, config, run.mesh, seed=seed, every_slot=config.eval.every_slot)
+        totals.append(scored.totals)
+        tasks = predicted.numbers(scored, arrays, fmt, config.num_instances)
+        scores.append((metrics.means(scored.totals), tasks))
+        if seed == 0:
+            about = _about(scored, arrays, fmt)
+            if predictions is not None:
+                _write_predictions(predictions, scored, arrays, fmt)
         progress.update(seed + 1)
     progress.close()
-    scores = [metrics.means(sums) for sums in per_grouping]
-    result: dict[str, Any] = dict(metrics.means(metrics.merge(per_grouping)))
-    for name, values in list(result.items()):
-        if isinstance(values, float):
-            result[f"{name}_std"] = float(np.std([score[name] for score in scores]))
     return {
         "split": split,
         "examples": len(arrays["inputs"]),
@@ -64,8 +74,61 @@ def evaluate(run: Run, *, split: str, groupings: int, label: str = "evaluate") -
         "every_slot": run.config.eval.every_slot,
         "step": run.step,
         "num_instances": run.config.num_instances,
-        **result,
+        **about,
+        **_summary(metrics.means(metrics.merge(totals)), scores),
     }
+
+
+def _about(scored: scoring.Scored, arrays: pipeline.Arrays, fmt: pipeline.Format) -> dict[str, Any]:
+    if scored.outputs is None:
+        return {"metrics": []}
+    cut = {"words_cut": predicted.words_cut(scored, arrays)} if fmt.token_labels else {}
+    return {"metrics": list(fmt.metrics), **cut}
+
+
+def _write_predictions(path: Path, scored: scoring.Scored, arrays: pipeline.Arrays, fmt: pipeline.Format) -> None:
+    distributed.on_primary(lambda: predicted.write(path, scored, arrays, fmt))
+
+
+def _summary(merged: dict[str, Any], scores: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Numbers of all groupings together, and how much they differ.
+
+    Args:
+      merged: means of the sums of all groupings.
+      scores: of each grouping the means of its sums, and its task metrics.
+    """
+    result = {**merged, **{name: _mean([tasks[name] for _, tasks in scores]) for name in scores[0][1]}}
+    for name, value in list(result.items()):
+        if isinstance(value, float):
+            result[f"{name}_std"] = float(np.std([(sums | tasks)[name] for sums, tasks in scores]))
+    return result
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of numbers, or of lists of numbers, entry by entry; None counts as nothing."""
+    if isinstance(values[0], list):
+        return [_mean(slot) for slot in zip(*values, strict=True)]
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
+
+
+def check_predictions(path: Path, config: Any) -> None:
+    """Checks, before any work, that predictions of the run or experiment with `config` can be written to `path`.
+
+    Raises:
+      InputError: they cannot, or there are none.
+    """
+    if config.runs:
+        raise InputError(
+            f"--predictions={path} takes those of one run, but the --workdir is an experiment of several: "
+            f"{', '.join(config.runs)}. Give the folder of one of them."
+        )
+    if config.objective not in losses.TASK_LOSSES:
+        raise InputError(
+            f"--predictions={path} has nothing to hold: a run with objective = {config.objective!r} predicts no labels. Evaluate a run "
+            f"of {', '.join(losses.TASK_LOSSES)}, or leave the flag out."
+        )
+    predicted.check_path(path)
 
 
 def suffix(config: Any, split: str, groupings: int) -> str:
@@ -74,18 +137,25 @@ def suffix(config: Any, split: str, groupings: int) -> str:
     return "" if usual else f"-{split}-{groupings}"
 
 
-def evaluate_run(path: Path, *, split: str = "", groupings: int = 0, label: str = "evaluate") -> dict[str, Any]:
-    """Evaluates the run in `path` and writes `eval.json` there; other settings than those of its config get a file of their own.
+def evaluate_run(
+    path: Path, *, split: str = "", groupings: int = 0, label: str = "evaluate", predictions: Path | None = None
+) -> dict[str, Any]:
+    """Evaluates the run in `path` and writes `metrics.json` there; other settings than those of its config get a file of their own.
 
-    An evaluation that is on disk already, of the same step, is returned as it is.
+    An evaluation that is on disk already, of the same step, is returned as it is, unless predictions are asked for.
     """
     config = workdir.load_config(path)
     split, groupings = split or config.eval.split, groupings or config.eval.groupings
-    file = path / f"eval{suffix(config, split, groupings)}.json"
-    if file.exists():
+    file = path / f"{NAME}{suffix(config, split, groupings)}.json"
+
+    def before() -> dict[str, Any] | None:
+        if not file.exists() or predictions is not None:
+            return None
         old = workdir.read_json(file)
-        if old.get("step") == saved.chosen_step(path, config):
-            return old
-    result = evaluate(load_run(path), split=split, groupings=groupings, label=label)
+        return old if old.get("step") == saved.chosen_step(path, config) else None
+
+    if old := distributed.from_primary(before):
+        return old
+    result = evaluate(load_run(path), split=split, groupings=groupings, label=label, predictions=predictions)
     distributed.on_primary(lambda: workdir.write_json(file, result))
     return result

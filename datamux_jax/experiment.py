@@ -23,7 +23,7 @@ from datamux_jax.benchmark import throughput
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
-from datamux_jax.evaluate import evaluate_run, suffix
+from datamux_jax.evaluate import check_predictions, evaluate_run, suffix
 from datamux_jax.plan import prepare
 from datamux_jax.runs import load_run
 from datamux_jax.train import train
@@ -141,23 +141,25 @@ def run(
         return compare(folder)
 
 
-def compare(folder: Path, *, split: str = "", groupings: int = 0) -> dict[str, Any]:
+def compare(folder: Path, *, split: str = "", groupings: int = 0, predictions: Path | None = None) -> dict[str, Any]:
     """Evaluates all runs of the experiment (or the single run) in `folder`, measures what is missing, writes the report.
 
     Args:
       folder: the workdir.
       split: to evaluate on; default: the config's.
       groupings: of the evaluation; default: the config's.
+      predictions: file to write those of a single run to; none by default.
 
     Raises:
-      InputError: no such folder or split, or a run without a checkpoint.
+      InputError: no such folder or split, a run without a checkpoint, or predictions that cannot be written.
     """
     config = workdir.load_config(folder)
     split, groupings = split or config.eval.split, groupings or config.eval.groupings
+    if predictions is not None:
+        check_predictions(predictions, config)
     names = list(config.runs) or [""]
-    scores = {
-        name: evaluate_run(folder / name, split=split, groupings=groupings, label=f"{name} evaluate".strip()) for name in names
-    }
+    options: dict[str, Any] = {"split": split, "groupings": groupings, "predictions": predictions}
+    scores = {name: evaluate_run(folder / name, label=f"{name} evaluate".strip(), **options) for name in names}
     configs = {name: workdir.load_config(folder / name) for name in names}
     measured = _measured(folder, config, configs, {name: score["step"] for name, score in scores.items()})
     contents = {"throughput": measured["throughput"]}

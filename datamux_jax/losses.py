@@ -98,33 +98,33 @@ def retrieval_loss(
 
 def classification_loss(
     model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
-) -> Sums:
-    """Cross-entropy of sequence classification, mean over all instances of all groups."""
+) -> tuple[Sums, Array]:
+    """Cross-entropy of sequence classification, mean over all instances of all groups; and the logits `[B, N, C]`."""
     logits = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))
-    return _cross_entropy(logits, batch["label"], batch["weight"])
+    return _cross_entropy(logits, batch["label"], batch["weight"]), logits
 
 
 def regression_loss(
     model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
-) -> Sums:
-    """Squared error of one number a sequence, mean over all instances of all groups."""
+) -> tuple[Sums, Array]:
+    """Squared error of one number a sequence, mean over all instances of all groups; and the numbers `[B, N]`."""
     outputs = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))[..., 0]
     error = jnp.square(outputs - batch["label"].astype(outputs.dtype))
     weight = batch["weight"]
     return {
         "task_loss": ((error * weight).sum(), weight.sum()),
         "squared_error": ((error * weight).sum(0), weight.sum(0)),
-    }
+    }, outputs
 
 
 def tagging_loss(
     model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
-) -> Sums:
-    """Cross-entropy of token classification, mean over all labelled tokens of all instances."""
+) -> tuple[Sums, Array]:
+    """Cross-entropy of token classification, mean over all labelled tokens of all instances; and the logits `[B, N, L, C]`."""
     logits = call(model, params, "tag", h_BxLxD, train, rngs=dropout_stream(rngs, 2))
     label = batch["label"][..., : logits.shape[2]]
     weight = (label != NO_LABEL) * batch["weight"][..., None]
-    return _cross_entropy(logits, jnp.maximum(label, 0), weight)
+    return _cross_entropy(logits, jnp.maximum(label, 0), weight), logits
 
 
 def replaced_loss(
@@ -199,7 +199,7 @@ def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, 
     return {"retrieval_loss": (loss.sum(), weight.sum()), "retrieval_accuracy": (right, weight)}
 
 
-# What fine-tuning and evaluation score.
+# What fine-tuning and evaluation score: functions that return sums and outputs.
 TASK_LOSSES = {"classification": classification_loss, "regression": regression_loss, "tagging": tagging_loss}
 
 

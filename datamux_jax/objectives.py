@@ -69,7 +69,7 @@ def weighted(config: Any, sums: Sums, task: str, retrieval: str, totals: Totals 
     return loss
 
 
-def fine_tuning(task_loss: Callable[..., Sums]) -> Callable[..., Objective]:
+def fine_tuning(task_loss: Callable[..., tuple[Sums, Array]]) -> Callable[..., Objective]:
     """`task_loss_coeff * task + retrieval_loss_coeff * retrieval` (DataMUX: 0.9 and 0.1)."""
 
     def build(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Objective:
@@ -78,7 +78,7 @@ def fine_tuning(task_loss: Callable[..., Sums]) -> Callable[..., Objective]:
 
         def objective(params: Any, batch: Batch, rngs: Rngs, train: bool, totals: Totals | None = None) -> tuple[Array, Sums]:
             h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=dropout_stream(rngs, 0))
-            sums = task_loss(model, params, h, batch, rngs, train)
+            sums, _ = task_loss(model, params, h, batch, rngs, train)
             keys = corruption.group_keys(rngs["corruption"], len(batch["inputs"]))
             sums |= retrieve(batch["inputs"], params, h, keys, rngs, train)
             return _with_loss(weighted(config, sums, "task_loss", "retrieval_loss", totals), sums, batch, totals)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import flops, optimizer, saved, scoring, sharding
+from datamux_jax import flops, losses, optimizer, saved, scoring, sharding, task_metrics
 from datamux_jax.build import build, build_generator
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
@@ -143,6 +143,8 @@ def prepare(config: Any, run: Path | None = None) -> Plan:
     mesh = sharding.make_mesh(config, config.batch_groups)
     fmt = pipeline.format_of(config, run)
     _check_data(config, fmt)
+    if config.objective in losses.TASK_LOSSES:
+        task_metrics.check(fmt.metrics, config.objective, fmt.label_names)
     plan = assemble(config, fmt, mesh)
     _ = plan.boxed  # Before the data are read: sizes that do not fit show here.
     for key in ("data.train_split", "eval.split"):
@@ -209,5 +211,6 @@ def _check_best(plan: Plan) -> None:
             "eval.every to a number of steps."
         )
     step = scoring.scoring_step(config, plan.model, plan.generator)
-    sums = jax.eval_shape(step, plan.abstract.params, plan.batch_shapes, jax.eval_shape(lambda: jax.random.key(0)))
-    choose(sums, config.checkpoint.best, "The metric checkpoint.best =")
+    sums, outputs = jax.eval_shape(step, plan.abstract.params, plan.batch_shapes, jax.eval_shape(lambda: jax.random.key(0)))
+    measured = [] if outputs is None else task_metrics.numbers_of(plan.format.metrics)
+    choose([*sums, *measured], config.checkpoint.best, "The metric checkpoint.best =")

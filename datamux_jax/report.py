@@ -12,6 +12,18 @@ from datamux_jax import curves, workdir
 
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 Scores = dict[str, dict[str, Any]]
+# Metrics of tasks -> heads of their columns.
+TASKS = {
+    "accuracy": "accuracy",
+    "matthews": "Matthews",
+    "f1": "F1",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "entity_f1": "entity F1",
+    "combined": "combined",
+}
+# Those that are no shares; given times 100 too, as is usual.
+NO_SHARES = ("matthews", "pearson", "spearman", "combined")
 
 
 def write(
@@ -49,7 +61,7 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
     header = [
         "run",
         "N",
-        "accuracy",
+        *TASKS.values(),
         "per slot",
         "MLM loss",
         "MLM accuracy",
@@ -65,7 +77,7 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
             [
                 name or "run",
                 str(score["num_instances"]),
-                _with_std(score, "accuracy"),
+                *[_with_std(score, metric) for metric in TASKS],
                 _slots(score),
                 f"{score['mlm_loss']:.3f}" if score.get("mlm_loss") is not None else "",
                 _with_std(score, "mlm_accuracy"),
@@ -76,19 +88,33 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
             ]
         )
     keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    first = next(iter(scores.values()))
     lines = [f"# {contents['title']}", "", *_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows]), ""]
-    groups = next(iter(configs.values())).eval.batch_groups
+    lines += [note + "\n" for note in _notes(contents, next(iter(configs.values())).eval.batch_groups)]
+    slots = _slot_rows(scores)
+    if slots:
+        title = _per_slot(scores)
+        lines += [f"{title[0].upper()}{title[1:]} by slot:", "", *slots, ""]
+    return "\n".join(lines)
+
+
+def _notes(contents: dict[str, Any], groups: int) -> list[str]:
+    """What the columns of the table mean."""
+    scores, throughput = contents["scores"], contents["throughput"]
+    first = next(iter(scores.values()))
     several = first["groupings"] > 1
     notes = [
         f"Measured on {first['examples']:,} examples of the {first['split']} split, each in "
         f"{first['groupings']} random grouping{'s' if several else ''}{' and there in every slot' if first['every_slot'] else ''}"
         f"{': mean, and standard deviation over groupings' if several else ''}.",
     ]
-    if any(score["num_instances"] > 1 and "accuracy" in score for score in scores.values()):
+    if any(score["num_instances"] > 1 and score["metrics"] for score in scores.values()):
         notes.append(
-            "Per slot: the lowest and the highest accuracy among the N positions that an instance can take in its group."
+            f"Per slot: the lowest and the highest {_per_slot(scores)} among the N positions that an instance can take in its group."
         )
+    if plain := [head for metric, head in TASKS.items() if metric in NO_SHARES and any(metric in s for s in scores.values())]:
+        notes.append(f"Times 100: {', '.join(plain)}.")
+    if cut := sorted({score["words_cut"] for score in scores.values() if score.get("words_cut")}):
+        notes.append(f"Counted as wrong, since they lie beyond the length: {' or '.join(f'{count:,}' for count in cut)} words.")
     if any("retrieval_accuracy" in score for score in scores.values()):
         notes.append(
             "Token retrieval: share of the input tokens (all instances, without [CLS] and padding) read back from the mixed state."
@@ -100,37 +126,37 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
         )
     if "baseline" in contents:
         notes.append(f"Plain baseline ({contents['baseline']['name']}), same splits: {contents['baseline']['accuracy']:.1%}.")
-    lines += [note + "\n" for note in notes]
-    slots = _slot_rows(scores)
-    if slots:
-        lines += ["Accuracy by slot:", "", *slots, ""]
-    return "\n".join(lines)
+    return notes
 
 
 def plot(path: Path, contents: dict[str, Any]) -> None:
-    """Accuracy against measured throughput, one point a classifier."""
+    """The first metric of the task against measured throughput, one point a classifier; nothing if they differ in it."""
+    names = list(contents["throughput"])
+    metrics = {contents["scores"][name]["metrics"][0] for name in names}
+    if len(metrics) > 1:
+        return
     import matplotlib  # Heavy import, needed here alone.
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(contents["throughput"])
+    (metric,) = metrics
     x = [contents["throughput"][name]["instances_per_second"] for name in names]
-    y = [100 * contents["scores"][name]["accuracy"] for name in names]
-    error = [100 * contents["scores"][name]["accuracy_std"] for name in names]
+    y = [100 * contents["scores"][name][metric] for name in names]
+    error = [100 * contents["scores"][name][f"{metric}_std"] for name in names]
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     axes.errorbar(x, y, yerr=error, fmt="o-", color="#1f5fa8", capsize=3)
     for name, at_x, at_y in zip(names, x, y, strict=True):
         score, speed = contents["scores"][name], contents["throughput"][name]
-        label = f"N={score['num_instances']}  {at_y:.1f}%  {speed['ratio']:.1f}x"
+        label = f"N={score['num_instances']}  {_shown(metric, at_y / 100)}  {speed['ratio']:.1f}x"
         axes.annotate(label, (at_x, at_y), textcoords="offset points", xytext=(0, 11), ha="center", fontsize=9, bbox=BACKGROUND)
-    if "baseline" in contents:
+    if "baseline" in contents and metric == "accuracy":
         level = 100 * contents["baseline"]["accuracy"]
         axes.axhline(level, color="grey", linestyle="--", linewidth=1)
         axes.annotate("plain baseline", (min(x), level), textcoords="offset points", xytext=(0, 4), fontsize=8, color="grey")
     axes.margins(x=0.15, y=0.2)
     axes.set_xlabel("instances per second (median, device only)")
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel(f"test {TASKS[metric]}{', times 100' if metric in NO_SHARES else ', %'}")
     axes.set_title(contents["title"])
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
@@ -139,25 +165,40 @@ def plot(path: Path, contents: dict[str, Any]) -> None:
     plt.close(figure)
 
 
+def _shown(metric: str, value: float) -> str:
+    return f"{100 * value:.1f}" if metric in NO_SHARES else f"{value:.1%}"
+
+
 def _with_std(score: dict[str, Any], name: str) -> str:
     if score.get(name) is None:
         return ""
-    text = f"{score[name]:.1%}"
+    text = _shown(name, score[name])
     spread = score["num_instances"] > 1 and score["groupings"] > 1
     return f"{text} ± {100 * score[name + '_std']:.1f}" if spread else text
 
 
+def _by_slot(score: dict[str, Any]) -> list[float]:
+    """The first metric of the task in each slot that has examples."""
+    slots = score[f"{score['metrics'][0]}_per_slot"] if score["metrics"] else []
+    return [value for value in slots if value is not None]
+
+
 def _slots(score: dict[str, Any]) -> str:
-    slots = score.get("accuracy_per_slot", [])
-    return f"{min(slots):.1%} to {max(slots):.1%}" if len(slots) > 1 else ""
+    slots = _by_slot(score)
+    return " to ".join(_shown(score["metrics"][0], value) for value in (min(slots), max(slots))) if len(slots) > 1 else ""
+
+
+def _per_slot(scores: Scores) -> str:
+    """What is shown per slot, in words."""
+    metrics = {score["metrics"][0] for score in scores.values() if score["metrics"]}
+    return TASKS[metrics.pop()] if len(metrics) == 1 else "first metric of the task"
 
 
 def _slot_rows(scores: Scores) -> list[str]:
     return [
-        f"- N={score['num_instances']} ({name or 'run'}): "
-        + " ".join(f"{100 * value:.1f}" for value in score["accuracy_per_slot"])
+        f"- N={score['num_instances']} ({name or 'run'}): " + " ".join(f"{100 * value:.1f}" for value in _by_slot(score))
         for name, score in scores.items()
-        if len(score.get("accuracy_per_slot", [])) > 1
+        if len(_by_slot(score)) > 1
     ]
 
 

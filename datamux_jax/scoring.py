@@ -2,41 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from datamux_jax import losses, metrics, sharding
 from datamux_jax.data import pipeline
 from datamux_jax.model import MultiplexedTransformer, call
 from datamux_jax.objectives import OBJECTIVES
 
-Step = Callable[[Any, Any, jax.Array], Any]
+Step = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array | None]]
+# What is fetched of a task's outputs: class logits, a number, one tag a position.
+FETCHED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "classification": lambda logits: logits,
+    "regression": lambda numbers: numbers,
+    "tagging": lambda logits: logits.argmax(-1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What one pass over examples gave, or, in every slot, `N` passes.
+
+    Attributes:
+      totals: sums over all examples and passes.
+      outputs: of the task, for every pass in the order of the examples: class logits `[passes, n, C]`, numbers `[passes, n]`, or tags
+        `[passes, n, L]`; None where no task is scored.
+      slots: which slot each example stood in, `[passes, n]`; None with `outputs`.
+    """
+
+    totals: metrics.Totals
+    outputs: np.ndarray | None
+    slots: np.ndarray | None
 
 
 def scoring_step(config: Any, model: MultiplexedTransformer, generator: MultiplexedTransformer | None) -> Step:
-    """The jitted function `(params, batch, key) -> sums` of what `config` trains for; `loss` is always among them.
+    """The jitted function `(params, batch, key) -> (sums, outputs)` of what `config` trains for; `loss` is always among the sums.
 
-    Pre-training is scored as it is trained, on what `key` draws; everything else is scored on every token and draws nothing.
+    Pre-training is scored as it is trained, on what `key` draws, and has no outputs; everything else is scored on every token and draws
+    nothing.
     """
     if config.objective in ("mlm", "electra"):
         objective = OBJECTIVES[config.objective](model, config, generator)
-        return jax.jit(lambda params, batch, key: objective(params, batch, {"corruption": key}, False)[1])
+        return jax.jit(lambda params, batch, key: (objective(params, batch, {"corruption": key}, False)[1], None))
     retrieve = config.objective == "retrieval" or config.retrieval_loss_coeff > 0
 
     def step(params: Any, batch: Any, key: jax.Array) -> Any:
         del key
         h = call(model, params, "encode", batch["inputs"], batch["mask"])
         sums: dict[str, Any] = {}
+        outputs = None
         if retrieve:
             sums |= losses.every_retrieval(model, params, h, batch)
             sums["loss"] = sums["retrieval_loss"]
         if config.objective in losses.TASK_LOSSES:
-            sums |= losses.TASK_LOSSES[config.objective](model, params, h, batch, {}, False)
-            sums["loss"] = sums["task_loss"]
-        return sums
+            task, outputs = losses.TASK_LOSSES[config.objective](model, params, h, batch, {}, False)
+            sums |= {**task, "loss": task["task_loss"]}
+            # Where the groups are, so that every process finds the outputs of those that it reads.
+            outputs = sharding.constrain(FETCHED[config.objective](outputs))
+        return sums, outputs
 
     return jax.jit(step)
 
@@ -50,8 +78,8 @@ def score(
     *,
     seed: int,
     every_slot: bool = False,
-) -> metrics.Totals:
-    """Sums over all examples, mixed in one random grouping.
+) -> Scored:
+    """Scores all examples, mixed in one random grouping.
 
     Args:
       step: from `scoring_step`.
@@ -66,17 +94,58 @@ def score(
     groups = -(-config.eval.batch_groups // shards) * shards
     mine = sharding.local_groups(mesh, groups)
     batches = pipeline.eval_batches(arrays, groups=groups, instances=config.num_instances, seed=seed, mine=mine)
-    shifts = config.num_instances if every_slot else 1
-    rolled = ({k: np.roll(v, shift, axis=1) for k, v in batch.items()} for _, batch in batches for shift in range(shifts))
+    passes = config.num_instances if every_slot else 1
+    rolled = (
+        (np.roll(rows, shift, axis=1), {k: np.roll(v, shift, axis=1) for k, v in batch.items()})
+        for rows, batch in batches
+        for shift in range(passes)
+    )
     total: metrics.Totals = {}
+    fetched: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+
+    def fetch(sums: Any, outputs: jax.Array | None) -> None:
+        nonlocal total
+        total = metrics.merge([total, jax.device_get(sums)])
+        if outputs is not None:
+            fetched.append(sharding.fetch_batch(outputs))
+
     pending = None
-    for number, batch in enumerate(rolled):
+    for number, (rows, batch) in enumerate(rolled):
         with sharding.on_mesh(mesh):
-            sums = step(params, sharding.put_batch(batch, mesh, groups), jax.random.fold_in(jax.random.key(seed), number))
+            now = step(params, sharding.put_batch(batch, mesh, groups), jax.random.fold_in(jax.random.key(seed), number))
         if pending is not None:  # One late: the device works on the next batch while these numbers travel.
-            total = metrics.merge([total, jax.device_get(pending)])
-        pending = sums
-    return metrics.merge([total, jax.device_get(pending)])
+            fetch(*pending)
+        pending = now
+        places.append(np.where(batch["weight"] > 0, rows, -1).astype(np.int32))
+    assert pending is not None, "a split has examples"
+    fetch(*pending)
+    if not fetched:
+        return Scored(total, None, None)
+    return Scored(total, *_in_order(np.stack(fetched), np.stack(places), passes, len(arrays["inputs"])))
+
+
+def _in_order(outputs: np.ndarray, rows: np.ndarray, passes: int, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Puts outputs into the order of the examples, those of all processes together.
+
+    Args:
+      outputs: of the batches that this process read, `[batches, groups, N, ...]`.
+      rows: the examples that they belong to, -1 for what only filled up.
+      passes: how often each example was scored; the passes over a batch follow one another.
+      examples: how many there are.
+
+    Returns:
+      Outputs `[passes, examples, ...]`, and the slots that the examples stood in, `[passes, examples]`.
+    """
+    if jax.process_count() > 1:
+        outputs, rows = multihost_utils.process_allgather((outputs, rows), tiled=True)
+    ordered = np.empty((passes, examples, *outputs.shape[3:]), outputs.dtype)
+    slots = np.empty((passes, examples), np.int32)
+    batch, group, slot = np.nonzero(rows >= 0)
+    at = batch % passes, rows[batch, group, slot]
+    ordered[at] = outputs[batch, group, slot]
+    slots[at] = slot
+    return ordered, slots
 
 
 def first_examples(arrays: pipeline.Arrays, count: int) -> pipeline.Arrays:

@@ -168,3 +168,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, groups: int | None = Non
         return jax.make_array_from_callback((groups, *array.shape[1:]), where, piece)
 
     return {name: put(array) for name, array in batch.items()}
+
+
+def fetch_batch(array: jax.Array) -> np.ndarray:
+    """The rows of a global array `[groups, ...]` that lie on the devices of this process, as `local_groups` lists them."""
+    shards = {shard.index[0].indices(len(array))[0]: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

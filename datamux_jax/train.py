@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from datamux_jax import checkpoint, distributed, metrics, saved, scoring, sharding, start, workdir
+from datamux_jax import checkpoint, distributed, metrics, predicted, saved, scoring, sharding, start, workdir
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, Interrupted
 from datamux_jax.metrics_log import MetricsLog
@@ -185,8 +185,8 @@ class _Loop:
         """Evaluates, and logs what came out; one grouping, the same every time."""
         plan, config = self._plan, self._config
         began = time.monotonic()
-        sums = scoring.score(self._scoring, self._state.params, plan.examples, config, plan.mesh, seed=0)
-        scores = metrics.means(sums)
+        scored = scoring.score(self._scoring, self._state.params, plan.examples, config, plan.mesh, seed=0)
+        scores = metrics.means(scored.totals) | predicted.numbers(scored, plan.examples, plan.format, config.num_instances)
         self._log.write(self._done, {f"eval_{name}": value for name, value in scores.items()})
         self._log.paused(time.monotonic() - began)
         shown = {name: value for name, value in scores.items() if isinstance(value, float)}

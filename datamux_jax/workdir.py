@@ -5,7 +5,7 @@
     RUN/tokenizer/         of texts
     RUN/checkpoints/STEP/  orbax: params, rest (optimizer, step, random key), run (data position, checksums)
     RUN/metrics.jsonl      one line a logged step
-    RUN/eval.json          the last evaluation
+    RUN/metrics.json       the last evaluation
 
 An experiment of several runs has one such folder a run below its own, and `report.md`, `report.json`, `report.png`.
 """

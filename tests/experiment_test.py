@@ -245,7 +245,7 @@ def test_throughput_is_the_median_of_interleaved_windows(monkeypatch):
 def test_the_table_shows_what_was_measured_and_nothing_else():
     score = {
         "num_instances": 2, "accuracy": 0.97, "accuracy_std": 0.001, "accuracy_per_slot": [0.96, 0.98],
-        "examples": 360, "split": "test", "groupings": 5, "every_slot": False,
+        "examples": 360, "split": "test", "groupings": 5, "every_slot": False, "metrics": ["accuracy"],
     }  # fmt: skip
     config = small_config()
     text = report.markdown({"title": "T", "scores": {"n2": score}, "throughput": {}}, {"n2": config})

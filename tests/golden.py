@@ -125,7 +125,7 @@ def forward(model, config, params, batch: dict, instances: np.ndarray, room: int
         out["demuxed"] = call(model, params, "features", h, batch["mask"])
         out["logits"] = call(model, params, "classify", h, batch["mask"])
         loss_of = losses.regression_loss if config.objective == "regression" else losses.classification_loss
-        out["task_loss"] = losses.mean(loss_of(model, params, h, batch, {}, False), "task_loss")
+        out["task_loss"] = losses.mean(loss_of(model, params, h, batch, {}, False)[0], "task_loss")
     elif config.objective == "mlm":
         label = batch["label"]
         sums, parts = losses.chosen_tokens_loss(
@@ -139,7 +139,7 @@ def forward(model, config, params, batch: dict, instances: np.ndarray, room: int
         out["logits"] = call(model, params, "tag" if tagging else "replaced", h)
         if tagging:
             out["task_loss"] = losses.mean(
-                losses.tagging_loss(model, params, h, labelled(batch, config), {}, False), "task_loss"
+                losses.tagging_loss(model, params, h, labelled(batch, config), {}, False)[0], "task_loss"
             )
         else:
             # The published discriminator, run by itself, compares all fed positions, prefix included, with labels that were not moved.

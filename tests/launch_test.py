@@ -54,10 +54,15 @@ def test_train_evaluate_predict(tmp_path):
     other = run("train", "--config=configs/quickstart.py:n=1+2", f"--workdir={folder}", *SMALL, "--config.seed=1")
     assert_refused(other, "seed: 0 there, 1 now")
 
-    evaluated = run("evaluate", f"--workdir={folder / 'n2'}", "--groupings=3", "--split=train")
+    predictions = tmp_path / "train.tsv"
+    evaluated = run(
+        "evaluate", f"--workdir={folder / 'n2'}", "--eval_groupings=3", "--split=train", f"--predictions={predictions}"
+    )
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stderr == ""
     assert "of the train split, each in 3 random groupings" in evaluated.stdout
+    rows = len(predictions.read_text().splitlines()) - 1
+    assert f"Measured on {rows:,} examples" in evaluated.stdout
 
     np.save(tmp_path / "images.npy", builtin.digits().split("test").inputs[:5])
     predicted = run("predict", f"--workdir={folder / 'n2'}", f"--input={tmp_path / 'images.npy'}")
