@@ -38,7 +38,12 @@ def base(text: str | None, /, **defaults):
     c = common.get_config()
     if arg.init and arg.size:
         raise InputError(f"init={arg.init} has its own sizes, so size={arg.size} has no place. Leave one of them out.")
-    c.model.update(model_of(arg.size or "4x256") if not arg.init else model_from(arg.init, c))
+    given: dict = published(arg.init, c) if arg.init else {"model": model_of(arg.size or "4x256"), "num_instances": 1}
+    c.model.update(given["model"])
+    count = given["num_instances"]
+    if count > 1 and arg.n != (count,):
+        raise InputError(f"init={arg.init} mixes {count} instances, so nothing else can start from it. Give n={count}.")
+    arg.mixed = {key: given[key] for key in ("num_instances", "mux", "demux")} if count > 1 else {}
     c.model.dropout_rate = c.model.attention_dropout_rate = arg.dropout
     c.model.pool = arg.pool
     c.data.tokenizer = arg.tokenizer or arg.init or "bytes"
@@ -54,8 +59,8 @@ def model_of(size: str) -> dict:
     return models.SIZES[size] if size in models.SIZES else pretraining.model_of("bert", size.removeprefix("bert_"))
 
 
-def model_from(init: str, c) -> dict:
-    """The keys of `config.model` of the run or the published encoder in a folder.
+def published(init: str, c) -> dict:
+    """The config, as nested dicts, of the run or the published network in a folder.
 
     Raises:
       InputError: there is none.
@@ -69,10 +74,10 @@ def model_from(init: str, c) -> dict:
             f"{', '.join(packaged.PACKAGES)}."
         ) from error
     if "model" in config and "data" in config:
-        return config["model"]
+        return config
     from datamux_jax import hf_config  # Heavy import, needed for published encoders alone.
 
-    return hf_config.to_config(config, str(path), c).model.to_dict()
+    return hf_config.to_config(config, str(path), c).to_dict()
 
 
 def stages(c, arg, objective: str) -> None:
@@ -83,10 +88,10 @@ def stages(c, arg, objective: str) -> None:
     """
     runs = {}
     for n in arg.n:
-        start = {"init_from": arg.init}
+        start = {"init_from": arg.init, **arg.mixed.to_dict()}
         if n > 1 and arg.warmup:
             runs[f"n{n}-warmup"] = stage(n, arg.warmup) | start | {"objective": "retrieval"}
-            start = {"init_from": f"../n{n}-warmup"}
+            start |= {"init_from": f"../n{n}-warmup"}
         losses = {"task_loss_coeff": 0.9, "retrieval_loss_coeff": 0.1} if n > 1 else {}
         runs[f"n{n}"] = stage(n, arg.steps) | start | losses | {"objective": objective}
     common.set_runs(c, runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from datamux_jax import checkpoint, hf, hf_config, saved, sharding, workdir
 from datamux_jax.build import HEADS, build_generator, count_params, init_params
 from datamux_jax.config import validate
-from datamux_jax.data import tokenizers
+from datamux_jax.data import cache, tokenizers
 from datamux_jax.data.pipeline import Format
 from datamux_jax.data.tokenizers import Tokenizer
 from datamux_jax.errors import InputError
@@ -130,6 +131,36 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
     notes += f" Left out, heads of something else: {', '.join(left_out)}." if left_out else ""
     size = f"{count_params(params):,} parameters"
     return f"{source}: {config.model.family}, {kind}, objective {config.objective}, {size} -> {run}.{notes}"
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder holds a published network: a `config.json` that is no run's."""
+    try:
+        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(keys, dict) and not {"model", "data"} <= keys.keys()
+
+
+def converted(source: Path, base: ml_collections.ConfigDict) -> Path:
+    """The published network in `source` as a run in the cache, where it is made if it is not there.
+
+    Args:
+      source: folder with `config.json` and weights.
+      base: a complete config; its keys that a published network does not decide come along.
+
+    Raises:
+      InputError: the folder does not hold such a network, or the cache cannot be written.
+    """
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(source.iterdir()) if path.is_file()]
+    entry = cache.folder(base.data) / "converted" / cache.digest(str(source.resolve()), files)
+    run = entry / "run"
+    if saved.newest_step(run) is None:
+        with cache.claimed(entry, "converting these weights"):
+            if saved.newest_step(run) is None:
+                shutil.rmtree(run, ignore_errors=True)  # What a kill has left.
+                print(import_run(source, run, base), flush=True)
+    return run
 
 
 def _format(config: Any, published: dict[str, Any], tokenizer: Tokenizer | None = None) -> Format:

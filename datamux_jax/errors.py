@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 
 class InputError(ValueError):
@@ -18,6 +18,11 @@ class Unavailable(Exception):
 
 class Interrupted(Exception):
     """A signal asked the run to stop; everything up to this moment is saved."""
+
+
+def few(items: Sequence[str]) -> str:
+    """The first eight of a list, for an error that must stay one paragraph."""
+    return "; ".join(items[:8]) + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
 
 
 def choose(table: Collection[str], name: str, what: str) -> str:

@@ -66,6 +66,7 @@ def evaluate(
             if predictions is not None:
                 _write_predictions(predictions, scored, arrays, fmt)
         progress.update(seed + 1)
+        distributed.stop_if_asked("in the evaluation")
     progress.close()
     return {
         "split": split,

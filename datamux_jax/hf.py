@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from datamux_jax import hf_names
-from datamux_jax.errors import InputError
+from datamux_jax.errors import InputError, few
 from datamux_jax.families import FAMILIES
 
 State = dict[str, np.ndarray]
@@ -158,8 +158,8 @@ def import_state(
     surplus = [key for key in state if key not in used and not SURPLUS.search(key) and key not in left_out]
     if missing or surplus or misshapen:
         raise InputError(
-            f"{where} does not fit the network that its config.json describes. Missing: {', '.join(sorted(missing)) or 'nothing'}. "
-            f"Surplus: {', '.join(sorted(surplus)) or 'nothing'}. Other shapes: {'; '.join(misshapen) or 'none'}. Check that both "
+            f"{where} does not fit the network that its config.json describes. Missing: {few(sorted(missing)) or 'nothing'}. "
+            f"Surplus: {few(sorted(surplus)) or 'nothing'}. Other shapes: {few(misshapen) or 'none'}. Check that both "
             "files are of the same checkpoint; --objective names the head if config.json does not."
         )
     stayed = sorted(path for path in flat if path not in loaded)

@@ -170,6 +170,7 @@ def to_config(
     if config.objective == "classification" and len(label_names(published)) == 1:
         config.objective = "regression"
     if not multiplexed:
+        config.num_instances, config.mux.name, config.demux.name = 1, "none", "none"
         return config
     for key, table in (("muxing_variant", MUX_NAMES), ("demuxing_variant", DEMUX_NAMES)):
         if published.get(key) not in table:

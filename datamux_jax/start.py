@@ -11,9 +11,9 @@ from typing import Any
 import flax.traverse_util
 import jax
 
-from datamux_jax import distributed, saved, workdir
+from datamux_jax import convert, distributed, packaged, saved, workdir
 from datamux_jax.checkpoint import Checkpoints, reader, shapes
-from datamux_jax.errors import InputError
+from datamux_jax.errors import InputError, few
 from datamux_jax.step import TrainState
 
 # May be absent from, surplus in, or of another shape in the parameters that a run starts from: a new task has a new head.
@@ -44,11 +44,11 @@ def check(config: Any, run: Path, abstract: TrainState) -> None:
     Raises:
       InputError: it is missing, or does not fit.
     """
-    for key in ("resume", "init_from"):
-        if config[key] and not workdir.find(config[key], run).exists():
+    for key, more in (("resume", ""), ("init_from", f" or of a published network, or {', '.join(packaged.PACKAGES)}")):
+        if config[key] and not (config[key] in packaged.PACKAGES and more) and not workdir.find(config[key], run).exists():
             raise InputError(
                 f"{key} = {config[key]!r} exists neither in the new run's folder, {run}, nor in the current one. Name the folder of a "
-                "run."
+                f"run{more}."
             )
     if config.resume:
         source = workdir.find(config.resume, run)
@@ -60,7 +60,7 @@ def check(config: Any, run: Path, abstract: TrainState) -> None:
                 "use init_from to start another training from its parameters."
             )
     elif config.init_from:
-        source = workdir.find(config.init_from, run)
+        source = starting_run(config, run)
         try:
             match(source, abstract.params)
         except InputError as error:
@@ -95,10 +95,21 @@ def initial_state(
     state = fresh()
     if not config.init_from:
         return state, None
-    where = workdir.find(config.init_from, run)
+    where = distributed.primary_first(lambda: starting_run(config, run))
     params, left = init_from(where, state.params)
-    print(f"{run.name}: starts from {where}{left}", flush=True)
+    print(f"{run.name}: starts from {config.init_from}{left}", flush=True)
     return dataclasses.replace(state, params=params), None
+
+
+def starting_run(config: Any, run: Path) -> Path:
+    """The run that `config.init_from` names: a published network, or the encoder of an installed package, is converted first.
+
+    Raises:
+      InputError: it cannot be converted, or the package is not installed.
+    """
+    name = config.init_from
+    folder = packaged.encoder(name) if name in packaged.PACKAGES else workdir.find(name, run)
+    return convert.converted(folder, config) if convert.is_published(folder) else folder
 
 
 def rest(state: TrainState) -> dict[str, Any]:
@@ -142,7 +153,7 @@ def check_resumable(config: Any, source: Path, abstract: TrainState) -> None:
     if different or found != saved.shapes({"shapes": shapes({"rest": rest(abstract)})}, "rest"):
         raise InputError(
             f"resume = {str(source)!r} was another training, so going on with it here would be neither the one nor the other: "
-            f"{_few(different) or 'its optimizer keeps other arrays'}. Set these keys as they are there, or use init_from to start "
+            f"{few(different) or 'its optimizer keeps other arrays'}. Set these keys as they are there, or use init_from to start "
             "a training from its parameters."
         )
 
@@ -181,15 +192,11 @@ def match(
             f"{path} is {theirs[path]} there and {ours[path]} here" for path in sorted(wrong & ours.keys() & theirs.keys())
         ]
         raise InputError(
-            f"{key} = {str(run)!r} does not fit this model. Missing there: {_few(missing) or 'nothing'}. Surplus there: "
-            f"{_few(surplus) or 'nothing'}. Other shapes: {_few(misshapen) or 'none'}. Use a run with the same num_instances and the "
+            f"{key} = {str(run)!r} does not fit this model. Missing there: {few(missing) or 'nothing'}. Surplus there: "
+            f"{few(surplus) or 'nothing'}. Other shapes: {few(misshapen) or 'none'}. Use a run with the same num_instances and the "
             "same model, mux and demux settings."
         )
     return theirs, shared
-
-
-def _few(items: list[str]) -> str:
-    return "; ".join(items[:8]) + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
 
 
 def init_from(run: Path, params: Any) -> tuple[Any, str]:

@@ -3,6 +3,7 @@
     CACHE/files/KEY/memory.json           hashes of text files, so that unchanged ones are not read again
     CACHE/tokenizers/KEY/tokenizer.json   tokenizers trained on running text
     CACHE/tokens/KEY/                     tokenised running text
+    CACHE/converted/KEY/run/              published weights as a run, to start from
 
 A key is a hash of everything that changes the result, so an entry never becomes wrong; all of them may be deleted at any time.
 """
