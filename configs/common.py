@@ -110,6 +110,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.mux.norm = 0.0  # L2 norm of the instance vectors; 0: sqrt(E), unit variance. Published code: 1, in warm-up 20.
     c.mux.epsilon = 0.0  # Overlap of neighbouring chunks of "binary_hadamard", in chunks.
     c.mux.learned = False  # Train the multiplexer's own parameters.
+    c.mux.attend_padding = False  # Attention sees positions where all instances are padding; published networks: True.
 
     c.demux = ml_collections.ConfigDict()
     c.demux.name = "none"  # Or "rsa", "index", "mlp".

@@ -51,6 +51,9 @@ def base(text: str | None, kind: str, **defaults):
     c.data.vocab_size = arg.vocab
     c.data.length = arg.length
     c.batch_groups = arg.groups
+    c.mux.attend_padding = (
+        True  # Packed text has none, and the published classes, to which runs are exported, know no other way.
+    )
     c.log_every = 100
     c.optimizer.update_rule = "published"
     c.optimizer.schedule = "linear"

@@ -98,6 +98,7 @@ def build(
         classifier_form=head_form(m.family, config.demux.name, level or "sequence"),
         pool=choose(POOLS, m.pool, "The pooling model.pool ="),
         retrieval_start=demux.offset if demux and demux.offset else retrieval_start(m.family, config.demux.name, level),
+        attend_padding=config.mux.attend_padding,
     )
 
 

@@ -184,6 +184,7 @@ def to_config(
         norm=get("gaussian_hadamard_norm", float, 1.0),
         epsilon=get("binary_hadamard_epsilon", float, 0.0),
         learned=bool(published.get("learn_muxing")),
+        attend_padding=True,
     )
     config.demux.update(
         name=DEMUX_NAMES[published["demuxing_variant"]],
@@ -269,6 +270,8 @@ def _unpublished(config: Any, names: list[str]) -> str:
         return f"no class {names[0]} with the multiplexer {config.mux.name!r}"
     if "ortho" in config.mux.name and m.embedding_size not in (0, m.hidden_size):
         return f"no {config.mux.name} at the width model.embedding_size = {m.embedding_size}: it mixes at the hidden size only"
+    if multiplexed and not config.mux.attend_padding:
+        return "no class whose attention leaves padding out (mux.attend_padding = False)"
     if multiplexed and config.demux.name not in PUBLISHED_DEMUX[m.family]:
         return f"no {m.family} class with the demultiplexer {config.demux.name!r}"
     if config.demux.name == "rsa" and config.demux.form != ("electra" if m.family == "electra" else "bert"):

@@ -57,11 +57,9 @@ class Inference(abc.ABC):
     ragged tail is filled up with copies of others, whose predictions are dropped. Predictions depend on the inputs and their order
     alone, and are the same whether they come in one call or, in multiples of `window`, in several.
 
-    Who is mixed with whom changes predictions a little, and so does the length of rows in a network that mixes: it was trained on
-    rows of `L` positions, where attention also looks at positions that are padding of all instances (as in the published code), and
-    a shorter row has fewer of these. Nothing else sees them: positions are counted from the left, pooling and attention inside of
-    the contextual multiplexer are masked, and `gaussian_attention`, whose attention is not, is the only multiplexer that does. In
-    the plain network padding is masked everywhere, and its predictions are the same with and without buckets but for rounding.
+    Who is mixed with whom changes predictions a little. The length of a row changes nothing but rounding: padding of all instances is
+    masked. Exceptions are networks whose attention sees it as in the published code (`mux.attend_padding`), and the multiplexer
+    `gaussian_attention`: a shorter row has less of it, which changes their predictions a little too.
 
     Attributes:
       format: how inputs become arrays.

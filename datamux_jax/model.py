@@ -50,6 +50,8 @@ class MultiplexedTransformer(nn.Module):
       classifier_form: layers of the classification head.
       pool: what sequence classification reads, a key of `POOLS`.
       retrieval_start: first position of the fed row that carries the retrieval loss.
+      attend_padding: attention in mixed rows also sees positions where all instances are padding (published code). If it does not,
+        rows may be cut to their longest instance without changing a number, unless the multiplexer itself attends to padding.
     """
 
     spec: Spec
@@ -69,6 +71,7 @@ class MultiplexedTransformer(nn.Module):
     classifier_form: HeadForm = HeadForm()
     pool: str = "first"
     retrieval_start: int = 0
+    attend_padding: bool = False
 
     def setup(self) -> None:
         self.embeddings = Embeddings(self.spec, self.num_positions, self.vocab_size, self.type_vocab_size, self.pad_position)
@@ -135,7 +138,9 @@ class MultiplexedTransformer(nn.Module):
             return self.backbone(x[:, 0], mask_BxNxL[:, 0], train)
         mask = mask_BxNxL if self.demux is None else self.demux.prefix_mask(mask_BxNxL)
         mixed = self.embeddings.refine(self.mux(x, mask, train), train)
-        return self.backbone(mixed, None, train)
+        # Padding of one instance is content of another; without tokens there is none.
+        everywhere = self.attend_padding or not self.vocab_size
+        return self.backbone(mixed, None if everywhere else mask.max(axis=1), train)
 
     def classify(self, h_BxLxD: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """Class logits of every instance: `[B, N, C]`, float32."""

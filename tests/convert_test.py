@@ -308,6 +308,7 @@ def test_exported_files_load_in_torch_without_missing_or_surplus_keys(tmp_path, 
     ("changes", "message"),
     [
         ({"demux__form": "paper"}, "another rsa stack"),
+        ({"mux__attend_padding": False}, "whose attention leaves padding out"),
         ({"mux__name": "gaussian_attention", "objective": "mlm"}, "no class MuxedBertForMaskedLM with"),
         ({"demux__name": "mlp"}, "no bert class with the demultiplexer 'mlp'"),
         (
@@ -320,13 +321,19 @@ def test_exported_files_load_in_torch_without_missing_or_surplus_keys(tmp_path, 
     ],
 )
 def test_what_the_published_code_has_no_class_for_is_not_exported(changes, message):
-    usual = {"demux__form": "bert", "model__pool": "first", "model__type_vocab_size": 2}
+    usual = {"demux__form": "bert", "model__pool": "first", "model__type_vocab_size": 2, "mux__attend_padding": True}
     with pytest.raises(InputError, match=message):
         hf_config.from_config(text_config(**(usual | changes)), vocab_size=300, positions=12, labels=("a", "b"), pad=0)
 
 
 def test_a_run_on_another_vocabulary_is_not_exported(tmp_path):
-    usual = {"demux__form": "bert", "model__pool": "first", "model__type_vocab_size": 2, "retrieval_loss_coeff": 0.1}
+    usual = {
+        "demux__form": "bert",
+        "model__pool": "first",
+        "model__type_vocab_size": 2,
+        "retrieval_loss_coeff": 0.1,
+        "mux__attend_padding": True,
+    }
     train(text_config(steps=1, optimizer__warmup_steps=0, **usual), tmp_path / "run")
     with pytest.raises(InputError, match="uses other special tokens"):
         convert.export_run(tmp_path / "run", tmp_path / "out")
@@ -487,6 +494,6 @@ def test_configs_are_checked_like_our_own(tmp_path, changes, message):
     ],
 )
 def test_classes_are_told_apart_on_export(changes, message):
-    usual = {"demux__form": "bert", "model__pool": "first", "model__type_vocab_size": 2}
+    usual = {"demux__form": "bert", "model__pool": "first", "model__type_vocab_size": 2, "mux__attend_padding": True}
     with pytest.raises(InputError, match=message):
         hf_config.from_config(text_config(**(usual | changes)), vocab_size=300, positions=12, labels=("a", "b"), pad=0)

@@ -57,6 +57,23 @@ def test_changing_an_instance_changes_its_output_and_no_other_group(pool, tokens
     np.testing.assert_allclose(np.delete(out, 1, axis=0), np.delete(changed, 1, axis=0), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "equal"),
+    [
+        ({}, True),
+        ({"pool": "demuxed_mean"}, True),
+        ({"mux__name": "contextual"}, True),
+        ({"mux__attend_padding": True}, False),
+        ({"mux__name": "gaussian_attention"}, False),
+    ],
+)
+def test_a_row_may_be_cut_where_all_instances_are_padding(changes, equal, tokens, mask):
+    model, params = make(**changes)
+    mask = mask.at[:, 0, 4:].set(0)
+    cut = logits(model, params, tokens[..., :4], mask[..., :4])
+    assert np.allclose(logits(model, params, tokens, mask), cut, atol=1e-5) == equal
+
+
 def test_one_instance_times_ones_is_the_encoder_with_double_embedding(tokens, mask):
     mixed_model = build(
         small_config(1, mux__name="gaussian_hadamard", demux__name="rsa", model__init_stddev=0.3),

@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         """
         Args:
           x_BxLxE: embeddings, mixed or plain.
-          mask: `[B, L]`, or None to attend everywhere. A mixed row takes None: padding of one instance is content of another.
+          mask: `[B, L]`, or None to attend everywhere. In a mixed row padding of one instance is content of another.
           train: draw dropout from the stream `dropout`.
         """
         spec = self.spec
