@@ -47,6 +47,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.tensorboard = True  # Write the same numbers for TensorBoard, into the run's folder.
     c.wandb = ""  # Project on Weights & Biases to write them to, with the extra `wandb`; "": none.
 
+    c.distill = ml_collections.ConfigDict()  # Learning from another run beside the labels (datamux_jax/distill.py).
+    # Folder of a run that was trained on the same task, as a rule with N = 1; relative to the workdir first; "": none.
+    c.distill.teacher = ""
+    c.distill.weight = 0.5  # Share w of the task loss that the teacher gives: (1 - w) * labels + w * teacher.
+    c.distill.temperature = 2.0  # T by which logits are divided; regression has none.
+
     c.data = ml_collections.ConfigDict()
     # Examples with labels (datamux_jax/data/sources.py): "digits"; "cldr", language identification; "glue"; "tagging"; "table",
     # columns of a TSV, CSV, JSON lines or Parquet file. Running text for pre-training (datamux_jax/data/corpus.py): "files" or "tfds".

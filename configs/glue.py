@@ -18,6 +18,7 @@ section 3.3); N = 1 is the plain network. Scored is the development set, with th
     rate=           learning rate
     dropout=        of activations and of attention
     pool=           what the classifier reads
+    distill=        share of the task loss that the outputs of the run n1 give instead of the labels (datamux_jax/distill.py); 0: none
 
 MNLI is scored on the matched part; --config.eval.split=validation_mismatched scores the other one.
 """

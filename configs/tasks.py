@@ -18,6 +18,7 @@ ARGUMENTS = {
     "rate": 1e-4,
     "dropout": 0.1,
     "pool": "mean",
+    "distill": 0.0,
 }
 
 
@@ -85,14 +86,26 @@ def stages(c, arg, objective: str) -> None:
 
     The task has the loss 0.9 task + 0.1 retrieval (DataMUX, section 3.3). The plain network (N = 1) has nothing to take apart, and
     learns the task alone. The first stage starts from `init`.
+
+    With `distill` the plain network comes first, and teaches the others the task.
+
+    Raises:
+      InputError: it is to teach, but is not among the runs.
     """
+    if arg.distill and 1 not in arg.n:
+        raise InputError(
+            f"distill={arg.distill} lets the plain network teach the others, but n={'+'.join(map(str, arg.n))} has none. Add 1 to n, "
+            "or leave distill out."
+        )
     runs = {}
-    for n in arg.n:
+    for n in sorted(arg.n, key=lambda n: n != 1) if arg.distill else arg.n:
         start = {"init_from": arg.init, **arg.mixed.to_dict()}
         if n > 1 and arg.warmup:
             runs[f"n{n}-warmup"] = stage(n, arg.warmup) | start | {"objective": "retrieval"}
             start |= {"init_from": f"../n{n}-warmup"}
-        losses = {"task_loss_coeff": 0.9, "retrieval_loss_coeff": 0.1} if n > 1 else {}
+        losses: dict = {"task_loss_coeff": 0.9, "retrieval_loss_coeff": 0.1} if n > 1 else {}
+        if n > 1 and arg.distill:
+            losses["distill"] = {"teacher": "../n1", "weight": arg.distill}
         runs[f"n{n}"] = stage(n, arg.steps) | start | losses | {"objective": objective}
     common.set_runs(c, runs)
 

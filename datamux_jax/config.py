@@ -9,6 +9,7 @@ from datamux_jax.backbones.encoder import REMAT
 from datamux_jax.demux import DEMUX, RSA_FORMS
 from datamux_jax.errors import InputError, choose
 from datamux_jax.families import FAMILIES
+from datamux_jax.losses import TASK_LOSSES
 from datamux_jax.model import POOLS
 from datamux_jax.mux import MUX
 from datamux_jax.objectives import OBJECTIVES
@@ -83,13 +84,29 @@ def validate(config: Any) -> None:
         )
     if config.objective in ("classification", "regression", "tagging") and not config.task_loss_coeff:
         raise InputError("task_loss_coeff = 0 leaves no task to learn. Use objective = 'retrieval' for the warm-up.")
+    if config.distill.teacher:
+        _teaching(config)
+
+
+def _teaching(config: Any) -> None:
+    """Checks the section `distill` of a config that names a teacher."""
+    if not 0 < config.distill.weight <= 1:
+        raise InputError(
+            f"distill.weight = {config.distill.weight} is the teacher's share of the task loss. Set it above 0, and to 1 at most; "
+            "distill.teacher = '' trains without one."
+        )
+    if config.objective not in TASK_LOSSES:
+        raise InputError(
+            f"distill.teacher = {config.distill.teacher!r} teaches a task, but objective = {config.objective!r} is none. Set it for "
+            f"runs of {', '.join(TASK_LOSSES)} alone."
+        )
 
 
 POSITIVE = (
     *("num_instances", "batch_groups", "accumulation", "steps", "log_every", "retrieval_percentage"),
     *("checkpoint.every", "checkpoint.keep", "eval.groupings", "eval.batch_groups", "benchmark.windows", "benchmark.seconds"),
     *("model.hidden_size", "model.num_layers", "model.num_heads", "model.mlp_dim", "model.layer_norm_eps", "demux.num_layers"),
-    *("optimizer.learning_rate", "optimizer.eps"),
+    *("optimizer.learning_rate", "optimizer.eps", "distill.temperature"),
     *("generator.hidden_size", "generator.num_layers", "generator.num_heads", "generator.mlp_dim", "mask_rate"),
 )
 NOT_NEGATIVE = (

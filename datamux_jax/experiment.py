@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import ml_collections
 
-from datamux_jax import distributed, report, saved, start, workdir
+from datamux_jax import distill, distributed, report, saved, start, workdir
 from datamux_jax.baselines import BASELINES
 from datamux_jax.benchmark import throughput
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
 from datamux_jax.evaluate import check_predictions, evaluate_run, suffix
-from datamux_jax.plan import prepare
+from datamux_jax.plan import Plan, prepare
 from datamux_jax.runs import load_run
 from datamux_jax.train import train
 
@@ -112,16 +112,15 @@ def run(
     for one in runs.values():
         validate(one)  # Of all runs, before the data of the first are read.
     needed = 0
-    ours = {Path(os.path.normpath(folder / name)) for name in runs}
+    waiting: dict[Path, Any] = {}
     for name, one in runs.items():
         if steps[name] == one.steps:
             continue
         plan = distributed.primary_first(functools.partial(prepare, one, folder / name))
         needed += plan.missing_bytes(folder / name)
-        # A run that starts from an earlier one of this experiment is checked when its turn comes.
-        waits = one.init_from and Path(os.path.normpath(folder / name / one.init_from)) in ours
-        if steps[name] is None and not waits:
-            distributed.on_primary(functools.partial(start.check, one, folder / name, plan.abstract))
+        if steps[name] is None:
+            distributed.on_primary(functools.partial(_check_sources, plan, folder / name, waiting))
+        waiting[Path(os.path.normpath(folder / name))] = one
     if config.baseline:
         choose(BASELINES, config.baseline, "The config value baseline =")
         for name, one in runs.items():
@@ -139,6 +138,27 @@ def run(
             distributed.stop_if_asked(f"before the evaluation of {name or folder}")
             evaluate_run(folder / name, label=f"{name} evaluate".strip())
         return compare(folder)
+
+
+def _check_sources(plan: Plan, run: Path, waiting: Mapping[Path, Any]) -> None:
+    """Checks what a run starts and learns from. What an earlier run of the experiment has yet to make is checked when its turn comes.
+
+    Args:
+      plan: of the run.
+      run: its folder.
+      waiting: folders and configs of the runs that are trained before it.
+    """
+    config = plan.config
+
+    def awaited(source: str) -> Any:
+        return waiting.get(Path(os.path.normpath(run / source))) if source else None
+
+    if awaited(config.init_from) is None:
+        start.check(config, run, plan.abstract)
+    if (teacher := awaited(config.distill.teacher)) is None:
+        distill.check(plan, run)
+    else:
+        distill.check_task(config, teacher)
 
 
 def compare(folder: Path, *, split: str = "", groupings: int = 0, predictions: Path | None = None) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Terms of the objectives, on hidden states that exist already: the sums of each.
 
 A batch is a dict of arrays: `inputs` `[B, N, L]` or `[B, N, L, F]`, `mask` `[B, N, L]`, `label` `[B, N]` (tagging: `[B, N, L]`, -100
-where there is none) and `weight` `[B, N]`, which is 0 for rows that only fill up a group. Sums are described in `metrics.py`;
-accuracies have one entry an instance slot. A term's loss is the mean of its sums, `mean(sums, name)`.
+where there is none) and `weight` `[B, N]`, which is 0 for rows that only fill up a group; and, where another network
+teaches, its outputs as `teacher`. Sums are described in `metrics.py`; accuracies have one entry an instance slot. A term's loss is the
+mean of its sums, `mean(sums, name)`.
 """
 
 from __future__ import annotations
@@ -125,6 +126,31 @@ def tagging_loss(
     label = batch["label"][..., : logits.shape[2]]
     weight = (label != NO_LABEL) * batch["weight"][..., None]
     return _cross_entropy(logits, jnp.maximum(label, 0), weight), logits
+
+
+def distillation_loss(outputs: Array, batch: Batch, temperature: float) -> Sums:
+    """How far a task's outputs are from those of a teacher, mean over what the task's loss is a mean of.
+
+    Classes and tags: `T^2 * KL(softmax(teacher / T) || softmax(outputs / T))`, whose gradients keep their size whatever `T` is (Hinton
+    et al. 2015, section 2). Numbers: squared error.
+
+    Args:
+      outputs: logits `[B, N, C]` or `[B, N, L, C]`, or numbers `[B, N]`.
+      batch: with `teacher`, shaped likewise; `L` may be more there, see `tagging_loss`.
+      temperature: `T`.
+    """
+    weight, teacher = batch["weight"], batch["teacher"].astype(jnp.float32)
+    if outputs.ndim == 2:
+        loss = jnp.square(outputs - teacher)
+    else:
+        if outputs.ndim == 4:
+            length = outputs.shape[2]
+            teacher = teacher[:, :, :length]
+            weight = (batch["label"][..., :length] != NO_LABEL) * weight[..., None]
+        wanted = jax.nn.log_softmax(teacher / temperature)
+        found = jax.nn.log_softmax(outputs.astype(jnp.float32) / temperature)
+        loss = temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(-1)
+    return {"distill_loss": ((loss * weight).sum(), weight.sum())}
 
 
 def replaced_loss(

@@ -62,15 +62,22 @@ def auxiliary_retrieval(model: MultiplexedTransformer, config: Any, *, pads_coun
 
 
 def weighted(config: Any, sums: Sums, task: str, retrieval: str, totals: Totals | None) -> Array:
-    """`task_loss_coeff * task + retrieval_loss_coeff * retrieval`, the latter if it is there."""
-    loss = config.task_loss_coeff * losses.mean(sums, task, totals)
+    """`task_loss_coeff * task + retrieval_loss_coeff * retrieval`, the latter if it is there.
+
+    Where a teacher is, the task's loss is `(1 - w) * task + w * distillation`.
+    """
+    loss = losses.mean(sums, task, totals)
+    if "distill_loss" in sums:
+        share = config.distill.weight
+        loss = (1 - share) * loss + share * losses.mean(sums, "distill_loss", totals)
+    loss *= config.task_loss_coeff
     if retrieval in sums:
         loss += config.retrieval_loss_coeff * losses.mean(sums, retrieval, totals)
     return loss
 
 
 def fine_tuning(task_loss: Callable[..., tuple[Sums, Array]]) -> Callable[..., Objective]:
-    """`task_loss_coeff * task + retrieval_loss_coeff * retrieval` (DataMUX: 0.9 and 0.1)."""
+    """`task_loss_coeff * task + retrieval_loss_coeff * retrieval` (DataMUX: 0.9 and 0.1); the task's loss may have a teacher."""
 
     def build(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Objective:
         del generator
@@ -78,7 +85,9 @@ def fine_tuning(task_loss: Callable[..., tuple[Sums, Array]]) -> Callable[..., O
 
         def objective(params: Any, batch: Batch, rngs: Rngs, train: bool, totals: Totals | None = None) -> tuple[Array, Sums]:
             h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=dropout_stream(rngs, 0))
-            sums, _ = task_loss(model, params, h, batch, rngs, train)
+            sums, outputs = task_loss(model, params, h, batch, rngs, train)
+            if config.distill.teacher:
+                sums |= losses.distillation_loss(outputs, batch, config.distill.temperature)
             keys = corruption.group_keys(rngs["corruption"], len(batch["inputs"]))
             sums |= retrieve(batch["inputs"], params, h, keys, rngs, train)
             return _with_loss(weighted(config, sums, "task_loss", "retrieval_loss", totals), sums, batch, totals)

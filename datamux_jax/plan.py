@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,20 @@ class Plan:
             "label": ((*rows, fmt.length) if fmt.token_labels else rows, "float32" if fmt.numbers else "int32"),
             "weight": (rows, "float32"),
         }
+        if self.config.distill.teacher:
+            outputs = (len(fmt.label_names),) if fmt.label_names else ()
+            # Logits of every token are many, and half the bits say as much.
+            tagging = ((*rows, fmt.length, *outputs), "float16")
+            shapes["teacher"] = tagging if fmt.token_labels else (rows + outputs, "float32")
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Size of a teacher's outputs for all that is trained on; 0 without a teacher."""
+        if not self.config.distill.teacher:
+            return 0
+        row = self.batch_shapes["teacher"]
+        return len(self.arrays["inputs"]) * math.prod(row.shape[2:]) * row.dtype.itemsize
 
     def jitted_step(self) -> Any:
         """The training step, not compiled yet."""
@@ -98,10 +112,13 @@ class Plan:
         )
 
     def missing_bytes(self, run: Path) -> int:
-        """Disk that the run in `run` needs beside what it takes: checkpoints that stay, one being written, room for the rest."""
+        """Disk that the run in `run` needs beside what it takes: checkpoints that stay, one being written, room for the rest.
+
+        A teacher's outputs count even if they are there already: they may have to be written anew.
+        """
         state = sum(leaf.size * 4 for leaf in jax.tree.leaves(self.abstract))
         kept = self.config.checkpoint.keep + self.config.checkpoint.keep_best
-        return max(state * (kept + 1) + 20_000_000 - saved.used_bytes(run), 0)
+        return max(state * (kept + 1) + 20_000_000 - saved.used_bytes(run), 0) + self.teacher_bytes
 
     @property
     def fingerprint(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from datamux_jax import checkpoint, distributed, metrics, predicted, saved, scoring, sharding, start, workdir
+from datamux_jax import checkpoint, distill, distributed, metrics, predicted, saved, scoring, sharding, start, workdir
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, Interrupted
 from datamux_jax.metrics_log import MetricsLog
@@ -45,6 +45,7 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
     done = distributed.from_primary(lambda: saved.newest_step(run))
     if done is None:
         distributed.on_primary(lambda: start.check(config, run, plan.abstract))
+        distributed.on_primary(lambda: distill.check(plan, run))
     distributed.on_primary(lambda: _claim(plan, run, 0 if done == config.steps else plan.missing_bytes(run)))
     with contextlib.ExitStack() as stack:
         distributed.on_primary(lambda: stack.enter_context(workdir.lock(run)))
@@ -77,11 +78,13 @@ class _Loop:
     def __init__(self, plan: Plan, run: Path, saves: checkpoint.Checkpoints, profile: tuple[int, int] | None) -> None:
         config = plan.config
         self._plan, self._config, self._run, self._saves, self._profile = plan, config, run, saves, profile
+        # Before the state comes into being: the teacher needs memory of its own.
+        taught = distill.teacher_arrays(plan, run)
         self._state, host = start.initial_state(
             config, run, saves, plan.abstract, lambda: born_sharded(plan.make, config.seed, plan.mesh)
         )
         self._data = pipeline.train_iterator(
-            plan.arrays,
+            plan.arrays | taught,
             groups=config.batch_groups,
             instances=config.num_instances,
             seed=config.seed,

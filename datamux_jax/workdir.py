@@ -4,6 +4,7 @@
     RUN/format.json        how inputs become arrays; label names
     RUN/tokenizer/         of texts
     RUN/checkpoints/STEP/  orbax: params, rest (optimizer, step, random key), run (data position, checksums)
+    RUN/teacher.npy        outputs to learn from, with teacher.json, if another run teaches
     RUN/metrics.jsonl      one line a logged step
     RUN/metrics.json       the last evaluation
 

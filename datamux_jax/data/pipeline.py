@@ -28,7 +28,7 @@ from datamux_jax.families import SpecialTokens
 
 FORMAT = "format.json"
 Arrays = dict[str, np.ndarray]
-IN_BATCHES = ("inputs", "mask", "label")  # What a device sees; `word` and `gold` are for people.
+IN_BATCHES = ("inputs", "mask", "label", "teacher")  # What a device sees; `word` and `gold` are for people.
 IGNORED = -100  # The label where there is nothing to predict.
 
 
