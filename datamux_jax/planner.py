@@ -75,7 +75,9 @@ def topology_devices(topology: str) -> Sequence[Any]:
       InputError: libtpu is not installed, or does not know the topology.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Elsewhere than on Google Cloud it would ask for metadata, and wait.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Nothing is run: other processes may plan, or train, beside this one.
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # Nothing is run: other processes may plan, or train, beside this one.
     from jax.experimental import topologies
 
     try:
