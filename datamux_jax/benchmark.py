@@ -17,7 +17,7 @@ from datamux_jax.runs import Run
 
 
 def throughput(runs: Mapping[str, Run], *, windows: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Measures classification at equal groups: every run handles `eval.batch_groups` mixed rows a call.
+    """Measures prediction at equal groups: every run handles `eval.batch_groups` mixed rows a call.
 
     Inputs lie on the device, results stay there; compilation and the first calls are left out. A window is as many calls as fill
     `seconds`. Windows of all runs alternate, so that what else the machine does hits all alike.

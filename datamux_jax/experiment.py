@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from datamux_jax import distill, distributed, report, saved, start, workdir
+from datamux_jax import distill, distributed, losses, report, saved, start, workdir
 from datamux_jax.baselines import BASELINES
 from datamux_jax.benchmark import throughput
 from datamux_jax.config import validate
@@ -200,10 +200,10 @@ def _measured(folder: Path, config: Any, configs: Mapping[str, Any], steps: Mapp
     old = distributed.from_primary(lambda: workdir.read_json(file) if file.exists() else {})
     if old.get("steps") == steps:
         return old
-    classifiers = {name: load_run(folder / name) for name, one in configs.items() if one.objective == "classification"}
+    tasks = {name: load_run(folder / name) for name, one in configs.items() if one.objective in losses.TASK_LOSSES}
     # Throughput is that of one process; several would measure how they wait for each other.
     alone = jax.process_count() == 1
-    speed = throughput(classifiers if alone else {}, windows=config.benchmark.windows, seconds=config.benchmark.seconds)
+    speed = throughput(tasks if alone else {}, windows=config.benchmark.windows, seconds=config.benchmark.seconds)
     measured = {"steps": dict(steps), "throughput": speed, "baseline": {}}
     distributed.on_primary(lambda: workdir.write_json(file, measured))
     return measured

@@ -121,7 +121,7 @@ def _notes(contents: dict[str, Any], groups: int) -> list[str]:
         )
     if throughput:
         notes.append(
-            f"Instances/s: classification of {groups} mixed rows a call, on {_machine()}; device only, after warm-up, medians of "
+            f"Instances/s: predictions, {groups} mixed rows a call, on {_machine()}; device only, after warm-up, medians of "
             f"interleaved windows. Ratio: to {next(iter(throughput)) or 'itself'}."
         )
     if "baseline" in contents:
@@ -130,7 +130,7 @@ def _notes(contents: dict[str, Any], groups: int) -> list[str]:
 
 
 def plot(path: Path, contents: dict[str, Any]) -> None:
-    """The first metric of the task against measured throughput, one point a classifier; nothing if they differ in it."""
+    """The first metric of the task against measured throughput, one point a run; nothing if they differ in it."""
     names = list(contents["throughput"])
     metrics = {contents["scores"][name]["metrics"][0] for name in names}
     if len(metrics) > 1:

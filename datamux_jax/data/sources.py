@@ -84,5 +84,11 @@ def _load(data: Any, stamps: tuple[Any, ...]) -> Source:
     for split, examples in source.splits.items():
         if not len(examples):
             places = ", ".join(map(str, files[split])) if split in files else f"data.source = {data.source!r}"
-            raise InputError(f"The split {split!r} has no examples in {places}. Check what is there, or name other data.")
+            held_out = split not in files and data.source == "table"
+            way_out = (
+                f"Too few rows for data.validation_share = {data.validation_share}: raise it, or name a file"
+                if held_out
+                else "Check what is there, or name other data"
+            )
+            raise InputError(f"The split {split!r} has no examples in {places}. {way_out}.")
     return source
