@@ -37,16 +37,23 @@ class Checkpoints:
       run: folder of the run.
       config: of the run; says which checkpoints stay, and which is best. None: the newest stays.
       read_only: for reading alone, also while another process writes.
+      alone: this process writes arrays that it has whole, and no other takes part.
     """
 
-    def __init__(self, run: Path, config: Any = None, *, read_only: bool = False) -> None:
+    def __init__(self, run: Path, config: Any = None, *, read_only: bool = False, alone: bool = False) -> None:
         self._run, self._folder, self._config, self._read_only = run, (run / saved.FOLDER).absolute(), config, read_only
         self._manager: Any = None
         if read_only:
             return
-        options = ocp.CheckpointManagerOptions(preservation_policy=_policy(config), create=True, cleanup_tmp_directories=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        several: dict[str, Any] = {"multiprocessing_options": _alone()} if alone else {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_policy(config), create=False, cleanup_tmp_directories=not alone, **several
+        )
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler(**several) for name in ("params", "rest")}
+        handlers[saved.RECORD] = ocp.JsonCheckpointHandler(**several)
         with quiet():
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(
         self,
@@ -136,7 +143,9 @@ class Checkpoints:
                 if distributed.from_primary(functools.partial(self._has, step)):
                     damaged[step] = str(error) if isinstance(error, Unreadable) else "another process cannot read its part"
                 continue  # What is gone was deleted by the process that trains there, which has written a newer one.
-            if damaged:
+            # Deleting takes a while: what was still there in parts may be gone by now.
+            there = distributed.from_primary(lambda: saved.steps(self._run))
+            if damaged := {bad: reason for bad, reason in damaged.items() if bad in there}:
                 self._report(damaged, step)
             return step, found
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
@@ -204,11 +213,16 @@ def _require(run: Path) -> None:
 
 def _read_item(folder: Path, abstract: Any) -> Any:
     """The arrays in `folder`; every process reads its own part and waits for no other, so that one may fail alone."""
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
+    alone = _alone()
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as found:
         return found.restore(folder, args=ocp.args.StandardRestore(abstract))
+
+
+def _alone() -> Any:
+    """Options of orbax for a process that works by itself."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
 
 
 def _policy(config: Any) -> Any:
@@ -278,6 +292,8 @@ def _explained(read: Callable[[Any], Result], argument: Any) -> Result:
     try:
         return read(argument)
     except Exception as error:  # Whatever orbax and the libraries below it make of a damaged file.
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # It says nothing about the file.
         raise Unreadable(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
 
 

@@ -118,12 +118,11 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
         state, config, fresh, str(source), may_lack=may_lack, other_heads=bool(objective)
     )
     left_out = sorted([*dropped, *left_out])
-    workdir.claim(run, config, needed_bytes=4 * count_params(params) + 20_000_000)
-    with workdir.lock(run):
+    with workdir.claimed(run, config, 4 * count_params(params) + 20_000_000):
         fmt.save(run)
         workdir.write_json(run / SOURCE, {"source": str(source), "fresh": stayed, "left_out": left_out, "config": published})
         copy_files(source, run / TOKENIZER)
-        with contextlib.closing(checkpoint.Checkpoints(run)) as saves:
+        with contextlib.closing(checkpoint.Checkpoints(run, alone=True)) as saves:
             saves.save(0, params)
             saves.wait()
     kind = f"N = {config.num_instances}, {config.mux.name}, {config.demux.name}" if config.mux.name != "none" else "plain"
@@ -159,8 +158,18 @@ def converted(source: Path, base: ml_collections.ConfigDict) -> Path:
         with cache.claimed(entry, "converting these weights"):
             if saved.newest_step(run) is None:
                 shutil.rmtree(run, ignore_errors=True)  # What a kill has left.
-                print(import_run(source, run, base), flush=True)
+                print(import_run(source, run, _of_no_training(base)), flush=True)
     return run
+
+
+def _of_no_training(base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A config without what belongs to one training: others start from the same entry of the cache."""
+    config = base.copy_and_resolve_references()
+    with config.unlocked():
+        config.update(title="", baseline="", init_from="", resume="", retrieval_loss_coeff=0.0, task_loss_coeff=1.0)
+        config.distill.teacher = ""
+        config.generator.kind = "uniform"
+    return config
 
 
 def _format(config: Any, published: dict[str, Any], tokenizer: Tokenizer | None = None) -> Format:

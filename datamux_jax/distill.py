@@ -163,7 +163,12 @@ def _check_unchanged(run: Path, teacher: Run, data: str) -> None:
     if saved.newest_step(run) is None or not (run / ABOUT).exists():
         return
     about = workdir.read_json(run / ABOUT)
-    if about["data"] == data and about["teacher"] != _identity(teacher.path, teacher.step):
+    if about["data"] != data:
+        raise InputError(
+            f"{run / FILE} holds what a teacher said about other data than the config names now, and this run has begun. Restore the "
+            "data, or start again in a new --workdir."
+        )
+    if about["teacher"] != _identity(teacher.path, teacher.step):
         raise InputError(
             f"{run / FILE} is damaged or gone, and the teacher in {teacher.path} is no longer the one that this run began with (step "
             f"{about['teacher']['step']} then, {teacher.step} now). Restore one of them from a copy, or start again in a new --workdir."

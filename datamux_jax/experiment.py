@@ -107,6 +107,7 @@ def run(
       Interrupted: a signal came; the state is saved.
     """
     folder = Path(folder)
+    distributed.check_same({"the config": repr(workdir.plain(config)), "the flags": repr(sorted((flags or {}).items()))})
     runs = expand(config, flags)
     steps = distributed.from_primary(lambda: {name: saved.newest_step(folder / name) for name in runs})
     for one in runs.values():
@@ -130,8 +131,7 @@ def run(
                 )
     with contextlib.ExitStack() as stack:
         if config.runs:
-            distributed.on_primary(lambda: workdir.claim(folder, config, needed_bytes=needed))
-            distributed.on_primary(lambda: stack.enter_context(workdir.lock(folder)))
+            distributed.on_primary(lambda: stack.enter_context(workdir.claimed(folder, config, needed)))
         for name, one in runs.items():
             distributed.stop_if_asked(f"before {name or 'training'}")
             train(one, folder / name, label=name or "train", profile=profile)

@@ -120,16 +120,16 @@ class Plan:
         kept = self.config.checkpoint.keep + self.config.checkpoint.keep_best
         return max(state * (kept + 1) + 20_000_000 - saved.used_bytes(run), 0) + self.teacher_bytes
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Differs if the data differ that this process trains on, or how they are read."""
         tokenizer = self.format.tokenizer.fingerprint if self.format.tokenizer else ""
-        content = hashlib.blake2b()
+        content = hashlib.blake2b(f"{self.format} {tokenizer}".encode(), digest_size=16)
         if not self.format.corpus:  # Running text has a fingerprint of its own, in the format.
             for name, array in sorted(self.arrays.items()):
                 content.update(f"{name} {array.shape} {array.dtype}".encode())
                 content.update(np.ascontiguousarray(array).data)
-        return f"{self.format} {tokenizer} {content.hexdigest()}"
+        return content.hexdigest()
 
     @property
     def peak_share(self) -> float | None:

@@ -6,6 +6,7 @@ and what the host needs to go on (position in the data, sums of a log line that 
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,12 @@ def shapes(found: dict[str, Any], item: str) -> dict[str, tuple[tuple[int, ...],
 
 def used_bytes(run: Path) -> int:
     """Disk that the checkpoints of a run take."""
-    return sum(path.stat().st_size for path in (run / FOLDER).rglob("*") if path.is_file())
+    total = 0
+    for step in steps(run):
+        for path in (run / FOLDER / str(step)).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # Deleted by the process that trains there.
+                total += path.stat().st_size
+    return total
 
 
 def read(run: Path, step: int) -> dict[str, Any]:

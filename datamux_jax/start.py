@@ -11,7 +11,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 
-from datamux_jax import convert, distributed, packaged, saved, workdir
+from datamux_jax import convert, distributed, packaged, saved, sharding, workdir
 from datamux_jax.checkpoint import Checkpoints, reader, shapes
 from datamux_jax.errors import InputError, few
 from datamux_jax.step import TrainState
@@ -22,7 +22,7 @@ HEADS = ("classifier/", "replaced_head/", "decoder/", "generator/")
 MULTIPLEXING = ("mux/", "demux/")
 
 # Parameters of equal shapes mean something else where these differ.
-MEANING = ("model.family", "model.layer_norm_eps", "mux.name", "demux.name", "demux.form")
+MEANING = ("model.family", "model.layer_norm_eps", "mux.name", "mux.attend_padding", "demux.name", "demux.form")
 
 # What may differ where a training goes on in another folder: how long and how fast, and what changes no number.
 RESUMABLE: tuple[str, ...] = (
@@ -91,7 +91,13 @@ def initial_state(
         return restored(saves)
     if config.resume:
         with contextlib.closing(reader(workdir.find(config.resume, run))) as source:
-            return restored(source)
+            state, host = restored(source)
+        if int(state.step) >= config.steps:
+            raise InputError(
+                f"resume = {config.resume!r} has gone on to step {int(state.step)} by now, so nothing is left to do with steps = "
+                f"{config.steps}. Raise steps in a new --workdir."
+            )
+        return state, host
     state = fresh()
     if not config.init_from:
         return state, None
@@ -214,8 +220,11 @@ def init_from(run: Path, params: Any) -> tuple[Any, str]:
     """
     theirs, shared = match(run, params)
     ours = _flat(params)
+    # What is not used has a sharding too: the one it was saved with may be of devices that are not there.
+    where = next(iter(ours.values())).sharding
+    whole = sharding.replicated(where.mesh) if isinstance(where, jax.NamedSharding) else where
     wanted = {
-        path: jax.ShapeDtypeStruct(shape, "float32", sharding=ours[path].sharding if path in shared else None)
+        path: jax.ShapeDtypeStruct(shape, "float32", sharding=ours[path].sharding if path in shared else whole)
         for path, shape in theirs.items()
     }
     with contextlib.closing(reader(run, workdir.load_config(run))) as source:

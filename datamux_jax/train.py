@@ -46,9 +46,10 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
     if done is None:
         distributed.on_primary(lambda: start.check(config, run, plan.abstract))
         distributed.on_primary(lambda: distill.check(plan, run))
-    distributed.on_primary(lambda: _claim(plan, run, 0 if done == config.steps else plan.missing_bytes(run)))
     with contextlib.ExitStack() as stack:
-        distributed.on_primary(lambda: stack.enter_context(workdir.lock(run)))
+        distributed.on_primary(
+            lambda: stack.enter_context(_claimed(plan, run, 0 if done == config.steps else plan.missing_bytes(run)))
+        )
         saves = checkpoint.Checkpoints(run, config)
         stack.enter_context(contextlib.closing(saves))
         # A finished run is read, so that a last checkpoint which is damaged is made again.
@@ -59,17 +60,20 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
         _Loop(plan, run, saves, profile).run(label)
 
 
-def _claim(plan: Plan, run: Path, needed_bytes: int) -> None:
-    workdir.claim(run, plan.config, needed_bytes=needed_bytes)
-    before = pipeline.Format.load(run) if plan.format.saved_in(run) else None
-    if before == plan.format:
-        return
-    if before is not None:
-        raise InputError(
-            f"--workdir={run} was trained on data that are encoded differently from those that its config names now: the files, the "
-            "tokenizer or a package that ships data have changed. Restore them, or choose another --workdir; nothing was changed."
-        )
-    plan.format.save(run)
+@contextlib.contextmanager
+def _claimed(plan: Plan, run: Path, needed_bytes: int) -> Iterator[None]:
+    def check() -> None:
+        if plan.format.saved_in(run) and pipeline.Format.load(run) != plan.format:
+            raise InputError(
+                f"--workdir={run} was trained on data that are encoded differently from those that its config names now: the files, "
+                "the tokenizer or a package that ships data have changed. Restore them, or choose another --workdir; nothing was "
+                "changed."
+            )
+
+    with workdir.claimed(run, plan.config, needed_bytes, check):
+        if not plan.format.saved_in(run):
+            plan.format.save(run)
+        yield
 
 
 class _Loop:
@@ -91,8 +95,12 @@ class _Loop:
             mine=sharding.local_groups(plan.mesh, config.batch_groups),
         )
         if host is not None:
+            _check_data(host["data"], plan, run)
             self._data.set_state(host["position"])
-        self._done = self._saved = int(self._state.step)
+        self._done = int(self._state.step)
+        # What was resumed from elsewhere is saved here, even if nothing is left to do.
+        own = distributed.from_primary(lambda: saved.newest_step(run))
+        self._saved = -1 if own is None and host is not None else self._done
         self._log = MetricsLog(
             run,
             self._done,
@@ -139,7 +147,8 @@ class _Loop:
             if self._done > self._saved:
                 self._save()
             self._saves.wait()
-            stopped = stop()
+            # Several processes are stopped where all agree: at the next call of `distributed.stop_if_asked`.
+            stopped = stop() and jax.process_count() == 1
         if self._done < config.steps or stopped:
             raise Interrupted(
                 f"Stopped at step {self._done} of {config.steps}; the state is saved. The same command goes on from there."
@@ -180,7 +189,13 @@ class _Loop:
     def _save(self) -> None:
         scores = self._scores() if self._due(self._config.eval.every) else None
         state = self._state
-        host = {"position": self._data.get_state(), "window": self._log.window}
+        best = self._config.checkpoint.best
+        if scores is not None and self._config.checkpoint.keep_best and best not in scores:
+            raise InputError(
+                f"The evaluation at step {self._done} has no {best}, which checkpoint.best names: none of its examples has a label for "
+                "it. Name another metric, or another eval.split."
+            )
+        host = {"position": self._data.get_state(), "window": self._log.window, "data": self._plan.fingerprint}
         self._saves.save(self._done, state.params, start.rest(state), host, scores)
         self._saved = self._done
 
@@ -196,6 +211,14 @@ class _Loop:
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         print(f"\nevaluation at step {self._done}: {text}", flush=True)
         return shown
+
+
+def _check_data(before: str, plan: Plan, run: Path) -> None:
+    if before != plan.fingerprint:
+        raise InputError(
+            f"The run in --workdir={run} began on other data than its config names now: a file, the tokenizer or a package that ships "
+            "data has changed since. Restore it, or start again in a new --workdir; nothing was changed."
+        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,21 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict, needed_bytes: int) -> None:
-    """Makes `workdir` the folder of the run that `config` describes, or checks that it is.
+@contextlib.contextmanager
+def claimed(
+    workdir: Path, config: ml_collections.ConfigDict, needed_bytes: int, check: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Makes `workdir` the folder of the run that `config` describes, or checks that it is, and holds it as `lock` does.
+
+    Args:
+      workdir: the folder.
+      config: of the run.
+      needed_bytes: disk that it still needs.
+      check: further checks, done while the folder is held and before anything is written.
 
     Raises:
-      InputError: the folder belongs to another config, holds other files, cannot be written, or its disk is too full for
-        `needed_bytes`. Nothing has been written then.
+      InputError: the folder belongs to another config or another process, holds other files, cannot be written, or its disk is too
+        full. Nothing has been written then.
     """
     if (workdir / CONFIG).exists():
         _same_config(workdir, config)
@@ -131,8 +140,13 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, needed_bytes: int) -
             "for its checkpoints. Free some space, choose another disk, or lower checkpoint.keep."
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / CONFIG).exists() or read_json(workdir / CONFIG) != plain(config):
-        write_json(workdir / CONFIG, plain(config))  # Also where a key has changed that may: what reads the folder goes by it.
+    with lock(workdir):
+        check()
+        if not (workdir / CONFIG).exists() or read_json(workdir / CONFIG) != plain(config):
+            write_json(
+                workdir / CONFIG, plain(config)
+            )  # Also where a key has changed that may: what reads the folder goes by it.
+        yield
 
 
 def _same_config(workdir: Path, config: ml_collections.ConfigDict) -> None:

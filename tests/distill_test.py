@@ -158,6 +158,7 @@ def test_outputs_of_another_teacher_or_other_data_are_not_used(digits_teacher, t
     train(small_config(1, steps=4), tmp_path / "n1")
     second = np.array(distill.teacher_arrays(plan, tmp_path / "n2")["teacher"])
     assert np.abs(first - second).max() > 0.1
+    plan = prepare(taught("../n1"), tmp_path / "n2")
     plan.arrays["inputs"][0] = 1 - plan.arrays["inputs"][0]
     try:
         third = np.array(distill.teacher_arrays(plan, tmp_path / "n2")["teacher"])
@@ -183,6 +184,7 @@ def test_resume_asks_for_the_same_teacher(digits_teacher, tmp_path, monkeypatch)
     train(resumed, tmp_path / "old" / "more")
 
 
+@pytest.mark.slow
 def test_micro_batches_make_the_update_of_the_whole_batch(digits_teacher, tmp_path):
     plan = prepare(taught(digits_teacher), tmp_path)
     arrays = plan.arrays | distill.teacher_arrays(plan, tmp_path)
@@ -196,6 +198,7 @@ def test_micro_batches_make_the_update_of_the_whole_batch(digits_teacher, tmp_pa
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_teacher_may_read_other_tokens(text_run, tmp_path):
     """A longer row and N = 2: its tokens and its length are its own."""
     train(taught(text_run, text_config, steps=2, data__length=9), tmp_path / "run")
@@ -307,6 +310,7 @@ def test_outputs_that_are_too_large_are_refused(digits_run, tmp_path, monkeypatc
     refused(taught(digits_run), tmp_path / "run", r"for 1,\d{3} examples would take .* GiB.*Lower data.length")
 
 
+@pytest.mark.slow
 def test_a_teacher_of_tags_reads_the_same_tokens(folder):
     files = {
         "objective": "tagging", "data__source": "tagging", "data__train_file": str(folder / "ner/train.conll"),

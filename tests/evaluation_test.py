@@ -92,6 +92,7 @@ def start(tmp_path, processes, devices):
     return [np.load(tmp_path / f"{processes}-{devices}-{process}.npz") for process in range(processes)]
 
 
+@pytest.mark.slow
 def test_every_process_and_every_mesh_have_the_outputs_of_all_examples(tmp_path):
     (alone,) = start(tmp_path, 1, 1)
     assert alone["outputs"].shape == (3, 100, 10)

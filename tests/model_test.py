@@ -62,7 +62,7 @@ def test_changing_an_instance_changes_its_output_and_no_other_group(pool, tokens
     [
         ({}, True),
         ({"pool": "demuxed_mean"}, True),
-        ({"mux__name": "contextual"}, True),
+        pytest.param({"mux__name": "contextual"}, True, marks=pytest.mark.slow),
         ({"mux__attend_padding": True}, False),
         ({"mux__name": "gaussian_attention"}, False),
     ],

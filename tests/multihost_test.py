@@ -101,8 +101,8 @@ def test_what_one_process_refuses_stops_all(tmp_path):
 def test_processes_with_other_configs_do_not_train_together(tmp_path):
     ended = finish(start(tmp_path / "run", 2, last=["--config.seed=1"]))
     assert [code for code, _, _ in ended] == [2, 2]
-    assert all("Processes differ from process 0 (the config: process 1)" in err for _, _, err in ended)
-    assert not (tmp_path / "run" / "n2").exists()
+    assert all("Processes differ from process 0 (the config: process 1; the flags: process 1)" in err for _, _, err in ended)
+    assert not (tmp_path / "run").exists(), "nothing is written"
 
 
 CUT_OFF = """

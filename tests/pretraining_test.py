@@ -63,7 +63,8 @@ def test_three_stages_from_raw_text_to_a_task(books, tmp_path, capsys):
     one.model.update(model.to_dict())
     one.update_from_flattened_dict(
         {"init_from": str(tmp_path / "pre" / "n2"), "data.tokenizer": str(tmp_path / "pre" / "n2"), "data.length": 16,
-         "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-30, "batch_groups": 8}
+         "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-30, "batch_groups": 8,
+         "mux.attend_padding": True}
     )  # fmt: skip
     train(one, tmp_path / "fine")
     tuned, pretrained = load_run(tmp_path / "fine"), load_run(tmp_path / "pre" / "n2")
@@ -73,6 +74,7 @@ def test_three_stages_from_raw_text_to_a_task(books, tmp_path, capsys):
         chex.assert_trees_all_close(tuned.params[part], pretrained.params[part], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_stage_alone_is_taken_over_by_all_in_turn(books, tmp_path):
     argument = f"n=2,files={books},tokenizer=bytes,length=16,retrieval=4,steps=4"
     config, _ = tiny(muxbert.get_config(argument))
@@ -96,6 +98,7 @@ def test_electra_pre_training_runs_for_every_generator_and_the_plain_network(boo
     assert ("generator_mlm_loss" in report["scores"]["n2"]) == (generator != "uniform")
 
 
+@pytest.mark.slow
 def test_retrieval_warm_up_of_datamux(books, tmp_path):
     config, flags = tiny(retrieval.get_config(f"n=2,files={books},tokenizer=bytes,length=16,steps=2"))
     report = experiment.run(config, tmp_path, flags)

@@ -63,6 +63,7 @@ def test_micro_batches_make_the_update_of_the_whole_batch(name):
         chex.assert_trees_all_close(results[0][1], other[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_pass_that_weighs_micro_batches_costs_nothing():
     """XLA counts a loop's body once, so two micro-batches are half of the work; the weighing pass would be a third of it more."""
     plan = prepare(text_config(2, objective="mlm", model__hidden_size=64, model__mlp_dim=256, model__num_layers=2))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from datamux_jax import curves, optimizer, saved, workdir
+from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, Interrupted
 from datamux_jax.metrics_log import MetricsLog, read_lines
 from datamux_jax.runs import load_run
@@ -64,7 +65,7 @@ class StopAt:
         pass
 
 
-@pytest.mark.parametrize("make", [small_config, text_config])
+@pytest.mark.parametrize("make", [small_config, pytest.param(text_config, marks=pytest.mark.slow)])
 def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, make):
     config = make(model__dropout_rate=0.1, steps=9, **({"retrieval_loss_coeff": 0.1} if make is text_config else {}))
     train(config, tmp_path / "whole")
@@ -303,6 +304,51 @@ def test_keys_that_may_change_reach_the_saved_config(tmp_path):
     train(small_config(steps=2, checkpoint__keep=3, log_every=1), tmp_path)
     assert workdir.load_config(tmp_path).checkpoint.keep == 3
     assert workdir.load_config(tmp_path).log_every == 1
+
+
+def test_a_second_trainer_changes_nothing(tmp_path):
+    train(small_config(steps=2), tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.glob("*.json")}
+    with workdir.lock(tmp_path), pytest.raises(InputError, match="Another process is training"):
+        train(small_config(steps=2, checkpoint__keep=7), tmp_path)
+    assert before == {p: p.read_bytes() for p in tmp_path.glob("*.json")}
+
+
+def test_data_that_change_between_stop_and_restart_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(4))
+    with pytest.raises(Interrupted):
+        train(small_config(), tmp_path)
+    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    original = pipeline.splits_of
+
+    def changed(config, fmt):
+        splits = original(config, fmt)
+        return {**splits, "train": {name: array[1:] for name, array in splits["train"].items()}}
+
+    monkeypatch.setattr(pipeline, "splits_of", changed)
+    with pytest.raises(InputError, match="began on other data"):
+        train(small_config(), tmp_path)
+
+
+EIGHT = """
+import sys
+from pathlib import Path
+from datamux_jax.train import train
+from tests.conftest import text_config
+train(text_config(1, objective="retrieval", steps=1, optimizer__warmup_steps=0, mesh__fsdp=8, mesh__data=1), Path(sys.argv[1]))
+"""
+
+
+def test_init_from_needs_neither_the_devices_nor_the_heads_of_the_other_run(tmp_path):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", EIGHT, str(tmp_path / "first")], check=True, timeout=200, env=environment, cwd=root)
+    rate = {"optimizer__warmup_steps": 0, "optimizer__learning_rate": 1e-30}
+    train(text_config(1, init_from=str(tmp_path / "first"), steps=1, **rate), tmp_path / "next")
+    there, here = params_of(tmp_path / "first"), params_of(tmp_path / "next")
+    assert "decoder" in there
+    assert "decoder" not in here
+    chex.assert_trees_all_close(here["backbone"], there["backbone"], atol=1e-12)
 
 
 def test_the_norm_in_the_log_is_of_what_is_trained():
