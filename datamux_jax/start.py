@@ -11,7 +11,7 @@ from typing import Any
 import flax.traverse_util
 import jax
 
-from datamux_jax import convert, distributed, packaged, saved, sharding, workdir
+from datamux_jax import convert, distributed, packaged, saved, workdir
 from datamux_jax.checkpoint import Checkpoints, reader, shapes
 from datamux_jax.errors import InputError, few
 from datamux_jax.step import TrainState
@@ -222,7 +222,7 @@ def init_from(run: Path, params: Any) -> tuple[Any, str]:
     ours = _flat(params)
     # What is not used has a sharding too: the one it was saved with may be of devices that are not there.
     where = next(iter(ours.values())).sharding
-    whole = sharding.replicated(where.mesh) if isinstance(where, jax.NamedSharding) else where
+    whole = jax.NamedSharding(where.mesh, jax.P()) if isinstance(where, jax.NamedSharding) else where
     wanted = {
         path: jax.ShapeDtypeStruct(shape, "float32", sharding=ours[path].sharding if path in shared else whole)
         for path, shape in theirs.items()
