@@ -132,6 +132,7 @@ def stopped(config, run, monkeypatch):
     monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
 
 
+@pytest.mark.slow
 def test_damaged_outputs_are_made_again_by_the_same_teacher_only(digits_teacher, tmp_path, monkeypatch):
     shutil.copytree(digits_teacher, tmp_path / "n1")
     config = taught("../n1", steps=9)
@@ -168,6 +169,7 @@ def test_outputs_of_another_teacher_or_other_data_are_not_used(digits_teacher, t
     np.testing.assert_allclose(second[1:], third[1:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_asks_for_the_same_teacher(digits_teacher, tmp_path, monkeypatch):
     shutil.copytree(digits_teacher, tmp_path / "old" / "n1")
     config = taught("../n1", steps=9)

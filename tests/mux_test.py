@@ -146,7 +146,7 @@ def block_on(mux, params, name, rows, mask=None):
     return np.asarray(block.apply({"params": params[name]}, rows, mask))
 
 
-@pytest.mark.parametrize("mask_instances", [True, False])
+@pytest.mark.parametrize("mask_instances", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_contextual_equals_its_formula_one_row_at_a_time(x, mask_instances):
     mux = Contextual(dataclasses.replace(SPEC, init_stddev=0.5), N, mask_instances=mask_instances)
     mask = jnp.array([[[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]] * 2)

@@ -149,7 +149,7 @@ def electra(kind, **changes):
     return config, model, generator, params
 
 
-@pytest.mark.parametrize("kind", ["plain", "muxed"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "muxed"])
 def test_electra_adds_up_its_parts(batch, kind):
     config, model, generator, params = electra(kind, retrieval_loss_coeff=0.1, task_loss_coeff=0.9)
     loss, sums = OBJECTIVES["electra"](model, config, generator)(params, batch, RNGS, False)

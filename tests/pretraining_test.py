@@ -86,9 +86,8 @@ def test_a_stage_alone_is_taken_over_by_all_in_turn(books, tmp_path):
     assert load_run(tmp_path / "n2").step == 4
 
 
-@pytest.mark.parametrize(
-    "generator", ["uniform", pytest.param("plain", marks=pytest.mark.slow), pytest.param("muxed", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("generator", ["uniform", "plain", "muxed"])
+@pytest.mark.slow
 def test_electra_pre_training_runs_for_every_generator_and_the_plain_network(books, tmp_path, generator):
     argument = f"n=1+2,files={books},tokenizer=bytes,length=16,retrieval=2,steps=2,generator={generator}"
     config, flags = tiny(muxelectra.get_config(argument))
