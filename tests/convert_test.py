@@ -326,6 +326,7 @@ def test_what_the_published_code_has_no_class_for_is_not_exported(changes, messa
         hf_config.from_config(text_config(**(usual | changes)), vocab_size=300, positions=12, labels=("a", "b"), pad=0)
 
 
+@pytest.mark.slow
 def test_a_run_on_another_vocabulary_is_not_exported(tmp_path):
     usual = {
         "demux__form": "bert",

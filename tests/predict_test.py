@@ -99,6 +99,7 @@ def test_buckets_change_nothing_in_the_plain_network(long_text_runs):
     assert [p.label for p in predictor(TEXTS)] == [p.label for p in predictor(TEXTS, buckets=False)]
 
 
+@pytest.mark.slow
 def test_rows_of_a_mixed_network_are_those_of_its_buckets(long_text_runs):
     """Companions are the next of the same bucket, the longest bucket first, and a row ends where the bucket does."""
     predictor = datamux_jax.load(long_text_runs / "n2")
