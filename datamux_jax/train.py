@@ -122,6 +122,8 @@ class _Loop:
           Interrupted: a signal came; the state is saved.
         """
         config = self._config
+        if self._done:
+            print(f"{label}: goes on from step {self._done} of {config.steps}", flush=True)
         progress = Progress(label, config.steps, self._done)
         with stop_signals() as stop, contextlib.closing(progress), contextlib.closing(self._log):
             pending = None

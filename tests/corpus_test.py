@@ -178,7 +178,7 @@ def test_positions_and_numbers_lead_on(folder):
     ("text", "split", "message"),
     [
         ("\n \n", "train", r"The split 'train' of the running text .* has no document with any text"),
-        ("one\n\ntwo", "validation", r"'validation' is empty: every 100th document.*Raise data.validation_share"),
+        ("one\n\ntwo", "validation", r"'validation' is empty: one document in 100.*Raise data.validation_share"),
     ],
 )
 def test_an_empty_split_is_refused(folder, text, split, message):

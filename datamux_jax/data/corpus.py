@@ -121,8 +121,9 @@ class Corpus:
             yield Document(*fields)
         if none and part.held_out:
             raise InputError(
-                f"The split {split!r} is empty: every {part.every}th document is held out for it (data.validation_share), and the "
-                "text has fewer. Raise data.validation_share, set it to 0 for no such split, or give more text."
+                f"The split {split!r} is empty: one document in {part.every} is held out for it (data.validation_share), and the "
+                "text has fewer (in text files a blank line ends one). Raise data.validation_share; or set it to 0 for no such split, "
+                "and eval.split to 'train'; or give more text."
             )
         if none:
             raise InputError(
