@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from datamux_jax import distributed, losses, saved, scoring, sharding, workdir
-from datamux_jax.data import pipeline
+from datamux_jax.data import cache, pipeline
 from datamux_jax.data.pipeline import Arrays, Format
 from datamux_jax.errors import InputError
 from datamux_jax.model import call
@@ -133,12 +133,12 @@ def teacher_arrays(plan: Plan, run: Path) -> Arrays:
     """
     if not plan.config.distill.teacher:
         return {}
-    data = _digest(plan.fingerprint)
+    data = plan.fingerprint
     if not distributed.from_primary(lambda: _usable(plan, run, data)):
         # Nothing was checked if the run has checkpoints: its file must have been lost.
         distributed.on_primary(lambda: check(plan, run))
         teacher = load_run(distributed.from_primary(lambda: str(workdir.find(plan.config.distill.teacher, run))))
-        distributed.on_primary(lambda: _check_unchanged(run, teacher, data))
+        distributed.on_primary(lambda: _check_unchanged(run, teacher))
         outputs = _outputs(plan, teacher)
         distributed.on_primary(lambda: _save(run, outputs, {"teacher": _identity(teacher.path, teacher.step), "data": data}))
     return {"teacher": np.load(run / FILE, mmap_mode="r")}
@@ -158,16 +158,11 @@ def _usable(plan: Plan, run: Path, data: str) -> bool:
     return began or about["teacher"] == _chosen(workdir.find(plan.config.distill.teacher, run))
 
 
-def _check_unchanged(run: Path, teacher: Run, data: str) -> None:
+def _check_unchanged(run: Path, teacher: Run) -> None:
     """Raises InputError if a run that has begun would go on with another teacher."""
     if saved.newest_step(run) is None or not (run / ABOUT).exists():
         return
     about = workdir.read_json(run / ABOUT)
-    if about["data"] != data:
-        raise InputError(
-            f"{run / FILE} holds what a teacher said about other data than the config names now, and this run has begun. Restore the "
-            "data, or start again in a new --workdir."
-        )
     if about["teacher"] != _identity(teacher.path, teacher.step):
         raise InputError(
             f"{run / FILE} is damaged or gone, and the teacher in {teacher.path} is no longer the one that this run began with (step "
@@ -183,7 +178,7 @@ def _chosen(path: Path) -> dict[str, Any] | None:
 
 def _identity(path: Path, step: int) -> dict[str, Any]:
     found = saved.read(path, step)["checksums"]
-    return {"step": step, "checksum": _digest(str(sorted(found.items())))}
+    return {"step": step, "checksum": cache.digest(found)}
 
 
 def _outputs(plan: Plan, teacher: Run) -> np.ndarray:
@@ -223,10 +218,6 @@ def _save(run: Path, outputs: np.ndarray, about: dict[str, Any]) -> None:
     with workdir.replacing(run / FILE) as temporary, temporary.open("wb") as handle:
         np.save(handle, outputs)
     workdir.write_json(run / ABOUT, {**about, "checksum": _file_digest(run / FILE)})
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _file_digest(path: Path) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from datamux_jax.errors import InputError, Interrupted, Unavailable
+from datamux_jax.errors import InputError, Interrupted, Unavailable, brief
 
 Result = TypeVar("Result")
 _barriers = itertools.count()  # Every barrier has a name of its own.
@@ -53,17 +53,13 @@ def initialize(*, multihost: bool = False, coordinator: str = "", num_processes:
             jax.distributed.initialize()
     except ValueError as error:
         raise InputError(
-            f"This process cannot find the others: {_brief(error)} Start one process on every host with the same command, or pass "
+            f"This process cannot find the others: {brief(error)} Start one process on every host with the same command, or pass "
             "--coordinator, --num_processes and --process_id."
         ) from error
     except RuntimeError as error:
         raise Unavailable(
-            f"The other processes do not answer: {_brief(error)} See whether all of them run and reach process 0, and start again."
+            f"The other processes do not answer: {brief(error)} See whether all of them run and reach process 0, and start again."
         ) from error
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") + "."
 
 
 def is_primary() -> bool:

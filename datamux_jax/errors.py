@@ -20,9 +20,15 @@ class Interrupted(Exception):
     """A signal asked the run to stop; everything up to this moment is saved."""
 
 
-def few(items: Sequence[str]) -> str:
-    """The first eight of a list, for an error that must stay one paragraph."""
-    return "; ".join(items[:8]) + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
+def few(items: Sequence[str], most: int = 8) -> str:
+    """The first ones of a list, for an error that must stay one paragraph."""
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+
+
+def brief(error: Exception) -> str:
+    """The first line of a library's message, as a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(":. ") + "."
 
 
 def choose(table: Collection[str], name: str, what: str) -> str:

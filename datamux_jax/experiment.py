@@ -154,7 +154,7 @@ def _check_sources(plan: Plan, run: Path, waiting: Mapping[Path, Any]) -> None:
         return waiting.get(Path(os.path.normpath(run / source))) if source else None
 
     if awaited(config.init_from) is None:
-        start.check(config, run, plan.abstract)
+        start.check(plan, run)
     if (teacher := awaited(config.distill.teacher)) is None:
         distill.check(plan, run)
     else:

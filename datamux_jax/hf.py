@@ -130,7 +130,7 @@ def import_state(
       are, but for the vocabulary head.
 
     Raises:
-      InputError: keys are missing, surplus or misshapen; all are listed.
+      InputError: keys are missing, surplus or misshapen; the first of them are listed.
     """
     flat = flax.traverse_util.flatten_dict(dict(fresh), sep="/")
     state, twins = _settle(state, config)

@@ -14,6 +14,7 @@ import numpy as np
 from datamux_jax import task_metrics, workdir
 from datamux_jax.data.pipeline import Arrays, Format
 from datamux_jax.errors import InputError
+from datamux_jax.inference import softmax
 from datamux_jax.losses import NO_LABEL
 from datamux_jax.scoring import Scored
 
@@ -115,8 +116,7 @@ def _rows(outputs: np.ndarray, arrays: Arrays, fmt: Format) -> Iterator[dict[str
             best = [None if tag == task_metrics.NO_PREDICTION else names[tag] for tag in guess[there]]
             yield {"row": row, "label": [names[tag] for tag in tags[there]], "prediction": best}
     elif names:
-        power = np.exp(outputs[0] - outputs[0].max(-1, keepdims=True))
-        shares = (power / power.sum(-1, keepdims=True)).tolist()
+        shares = softmax(outputs[0]).tolist()
         for row, (label, guess, share) in enumerate(zip(truth.tolist(), guesses.tolist(), shares, strict=True)):
             yield {"row": row, "label": names[label], "prediction": names[guess], "score": share[guess], "scores": share}
     else:

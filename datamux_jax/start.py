@@ -14,6 +14,7 @@ import jax
 from datamux_jax import convert, distributed, packaged, saved, workdir
 from datamux_jax.checkpoint import Checkpoints, reader, shapes
 from datamux_jax.errors import InputError, few
+from datamux_jax.plan import Plan
 from datamux_jax.step import TrainState
 
 # May be absent from, surplus in, or of another shape in the parameters that a run starts from: a new task has a new head.
@@ -25,34 +26,31 @@ MULTIPLEXING = ("mux/", "demux/")
 MEANING = ("model.family", "model.layer_norm_eps", "mux.name", "mux.attend_padding", "demux.name", "demux.form")
 
 # What may differ where a training goes on in another folder: how long and how fast, and what changes no number.
-RESUMABLE: tuple[str, ...] = (
-    "title",
-    "steps",
-    "resume",
-    "init_from",
-    "baseline",
-    "benchmark.",
-    "eval.",
-    "optimizer.learning_rate",
+RESUMABLE = (
+    *("title", "steps", "resume", "init_from", "baseline", "benchmark.", "eval."),
+    *("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.weight_decay"),
+    *workdir.FREE_KEYS,
 )
-RESUMABLE += ("optimizer.schedule", "optimizer.warmup_steps", "optimizer.weight_decay", *workdir.FREE_KEYS)
 
 
-def check(config: Any, run: Path, abstract: TrainState) -> None:
+def check(plan: Plan, run: Path) -> None:
     """Checks, before anything is written, the run named by `resume` or `init_from`.
 
     Raises:
       InputError: it is missing, or does not fit.
     """
-    for key, more in (("resume", ""), ("init_from", f" or of a published network, or {', '.join(packaged.PACKAGES)}")):
-        if config[key] and not (config[key] in packaged.PACKAGES and more) and not workdir.find(config[key], run).exists():
+    config, abstract = plan.config, plan.abstract
+    more = f" or of a published network, or {', '.join(packaged.PACKAGES)}"
+    for key, names, others in (("resume", (), ""), ("init_from", packaged.PACKAGES, more)):
+        if config[key] and config[key] not in names and not workdir.find(config[key], run).exists():
             raise InputError(
                 f"{key} = {config[key]!r} exists neither in the new run's folder, {run}, nor in the current one. Name the folder of a "
-                f"run{more}."
+                f"run{others}."
             )
     if config.resume:
         source = workdir.find(config.resume, run)
         check_resumable(config, source, abstract)
+        check_data(plan, source)
         at = saved.newest_step(source)
         if at is not None and at >= config.steps:
             raise InputError(
@@ -70,24 +68,34 @@ def check(config: Any, run: Path, abstract: TrainState) -> None:
         check_same_function(config, source)
 
 
+def check_data(plan: Plan, run: Path) -> None:
+    """Raises InputError if the training in `run` began on other data than those of `plan`; it has a checkpoint."""
+    if saved.record(run)["host"]["data"] != plan.fingerprint:
+        raise InputError(
+            f"The run in {run} began on other data than the config names now: a file, the tokenizer or a package that ships data has "
+            "changed since. Restore it, or start again in a new --workdir; nothing was changed."
+        )
+
+
 def initial_state(
-    config: Any, run: Path, saves: Checkpoints, abstract: TrainState, fresh: Callable[[], TrainState]
+    plan: Plan, run: Path, saves: Checkpoints, fresh: Callable[[], TrainState], *, begun: bool
 ) -> tuple[TrainState, Any]:
     """The state that a run starts from, and what the host saved with it; None for the beginning.
 
     Args:
-      config: of the run.
+      plan: of the run.
       run: its folder.
       saves: its checkpoints.
-      abstract: shapes and shardings of its state.
       fresh: makes a fresh state; what is restored whole needs none, and no memory for it.
+      begun: whether the folder holds a checkpoint of its own.
     """
+    config, abstract = plan.config, plan.abstract
 
     def restored(source: Checkpoints) -> tuple[TrainState, Any]:
         _, params, others, host = source.restore(abstract.params, rest(abstract))
         return TrainState(params=params, **others), host
 
-    if distributed.from_primary(lambda: saved.newest_step(run)) is not None:
+    if begun:
         return restored(saves)
     if config.resume:
         with contextlib.closing(reader(workdir.find(config.resume, run))) as source:
@@ -180,7 +188,7 @@ def match(
       The shapes of all parameters there, by path; and the paths that both networks share.
 
     Raises:
-      InputError: there is no checkpoint, or other leaves are missing, surplus or misshapen; all of them are listed.
+      InputError: there is no checkpoint, or other leaves are missing, surplus or misshapen; the first of them are listed.
     """
     record = saved.record(run, workdir.load_config(run))
     theirs = {path: shape for path, (shape, _) in saved.shapes(record, "params").items()}

@@ -44,24 +44,26 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
     distributed.check_same({"the data": plan.fingerprint})
     done = distributed.from_primary(lambda: saved.newest_step(run))
     if done is None:
-        distributed.on_primary(lambda: start.check(config, run, plan.abstract))
+        distributed.on_primary(lambda: start.check(plan, run))
         distributed.on_primary(lambda: distill.check(plan, run))
     with contextlib.ExitStack() as stack:
-        distributed.on_primary(
-            lambda: stack.enter_context(_claimed(plan, run, 0 if done == config.steps else plan.missing_bytes(run)))
-        )
+        distributed.on_primary(lambda: stack.enter_context(_claimed(plan, run, done)))
         saves = checkpoint.Checkpoints(run, config)
         stack.enter_context(contextlib.closing(saves))
         # A finished run is read, so that a last checkpoint which is damaged is made again.
-        if done == config.steps and saves.newest_intact(plan.abstract.params) == done:
-            return
+        if done == config.steps:
+            if saves.newest_intact(plan.abstract.params) == done:
+                return
+            distributed.on_primary(lambda: start.check_data(plan, run))
         if unsplit := sharding.not_split(plan.boxed.params, plan.mesh):
             print(f"Whole on every device, as sizes do not divide over the mesh: {'; '.join(unsplit)}", flush=True)
-        _Loop(plan, run, saves, profile).run(label)
+        _Loop(plan, run, saves, profile, begun=done is not None).run(label)
 
 
 @contextlib.contextmanager
-def _claimed(plan: Plan, run: Path, needed_bytes: int) -> Iterator[None]:
+def _claimed(plan: Plan, run: Path, done: int | None) -> Iterator[None]:
+    """Holds the folder for the run of `plan`, of which it has a checkpoint of step `done`, or none."""
+
     def check() -> None:
         if plan.format.saved_in(run) and pipeline.Format.load(run) != plan.format:
             raise InputError(
@@ -69,7 +71,10 @@ def _claimed(plan: Plan, run: Path, needed_bytes: int) -> Iterator[None]:
                 "the tokenizer or a package that ships data have changed. Restore them, or choose another --workdir; nothing was "
                 "changed."
             )
+        if done not in (None, plan.config.steps):
+            start.check_data(plan, run)
 
+    needed_bytes = 0 if done == plan.config.steps else plan.missing_bytes(run)
     with workdir.claimed(run, plan.config, needed_bytes, check):
         if not plan.format.saved_in(run):
             plan.format.save(run)
@@ -79,13 +84,15 @@ def _claimed(plan: Plan, run: Path, needed_bytes: int) -> Iterator[None]:
 class _Loop:
     """One run, from the state that it starts from to its last step."""
 
-    def __init__(self, plan: Plan, run: Path, saves: checkpoint.Checkpoints, profile: tuple[int, int] | None) -> None:
+    def __init__(
+        self, plan: Plan, run: Path, saves: checkpoint.Checkpoints, profile: tuple[int, int] | None, *, begun: bool
+    ) -> None:
         config = plan.config
         self._plan, self._config, self._run, self._saves, self._profile = plan, config, run, saves, profile
         # Before the state comes into being: the teacher needs memory of its own.
         taught = distill.teacher_arrays(plan, run)
         self._state, host = start.initial_state(
-            config, run, saves, plan.abstract, lambda: born_sharded(plan.make, config.seed, plan.mesh)
+            plan, run, saves, lambda: born_sharded(plan.make, config.seed, plan.mesh), begun=begun
         )
         self._data = pipeline.train_iterator(
             plan.arrays | taught,
@@ -95,12 +102,10 @@ class _Loop:
             mine=sharding.local_groups(plan.mesh, config.batch_groups),
         )
         if host is not None:
-            _check_data(host["data"], plan, run)
             self._data.set_state(host["position"])
         self._done = int(self._state.step)
         # What was resumed from elsewhere is saved here, even if nothing is left to do.
-        own = distributed.from_primary(lambda: saved.newest_step(run))
-        self._saved = -1 if own is None and host is not None else self._done
+        self._saved = -1 if host is not None and not begun else self._done
         self._log = MetricsLog(
             run,
             self._done,
@@ -213,14 +218,6 @@ class _Loop:
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         print(f"\nevaluation at step {self._done}: {text}", flush=True)
         return shown
-
-
-def _check_data(before: str, plan: Plan, run: Path) -> None:
-    if before != plan.fingerprint:
-        raise InputError(
-            f"The run in --workdir={run} began on other data than its config names now: a file, the tokenizer or a package that ships "
-            "data has changed since. Restore it, or start again in a new --workdir; nothing was changed."
-        )
 
 
 @contextlib.contextmanager

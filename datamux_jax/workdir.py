@@ -24,7 +24,7 @@ from typing import Any
 
 import ml_collections
 
-from datamux_jax.errors import InputError
+from datamux_jax.errors import InputError, few
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -157,10 +157,9 @@ def _same_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
         if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
     ]
     if different:
-        shown = "; ".join(different[:12]) + (f"; and {len(different) - 12} more" if len(different) > 12 else "")
         raise InputError(
-            f"--workdir={workdir} belongs to a run with another config ({shown}). Give the same config to go on with that run, or "
-            "another --workdir to start a new one; nothing was changed."
+            f"--workdir={workdir} belongs to a run with another config ({few(different, 12)}). Give the same config to go on with "
+            "that run, or another --workdir to start a new one; nothing was changed."
         )
 
 

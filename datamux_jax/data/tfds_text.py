@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from datamux_jax.data import cache
-from datamux_jax.errors import InputError
+from datamux_jax.errors import InputError, brief
 from datamux_jax.progress import quiet
 
 FILE_FORMAT = "array_record"
@@ -84,7 +84,7 @@ def records(source: Any, numbers: list[int], place: Any) -> list[Any]:
     try:
         return source.__getitems__(numbers)
     except RuntimeError as error:  # What array_record raises.
-        raise InputError(f"The prepared data in {place} cannot be read: {_brief(error)} Prepare or copy them anew.") from error
+        raise InputError(f"The prepared data in {place} cannot be read: {brief(error)} Prepare or copy them anew.") from error
 
 
 def open_builder(name: str, path: str) -> Any:
@@ -107,7 +107,7 @@ def open_builder(name: str, path: str) -> Any:
         except (ValueError, AssertionError, OSError) as error:  # AssertionError: no such version.
             problem = "is unknown to" if isinstance(error, tfds.core.DatasetNotFoundError) else "cannot be opened by"
             raise InputError(
-                f"data.name = {name!r} {problem} TensorFlow Datasets, with the folder data.path = {path!r}: {_brief(error)} "
+                f"data.name = {name!r} {problem} TensorFlow Datasets, with the folder data.path = {path!r}: {brief(error)} "
                 "Write NAME, NAME/CONFIG or NAME/CONFIG:VERSION of a data set, or set data.path to the folder in which it is prepared."
             ) from error
         prepared = builder.is_prepared()
@@ -146,14 +146,8 @@ def open_split(builder: Any, split: str) -> Any:
             return builder.as_data_source(split=split, file_format=FILE_FORMAT)
     except (KeyError, ValueError) as error:
         raise InputError(
-            f"The split {split!r} of {builder.info.full_name} does not exist: {_brief(error)} Set data.train_split and "
+            f"The split {split!r} of {builder.info.full_name} does not exist: {brief(error)} Set data.train_split and "
             f"data.validation_split to splits that there are ({', '.join(sorted(builder.info.splits))}), or to slices of them, such as "
             "'train[:10%]'."
         ) from error
     return []
-
-
-def _brief(error: Exception) -> str:
-    """The first line of a message; the library lists all data sets that it knows."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(":. ") + "."
