@@ -138,19 +138,25 @@ class Embeddings(nn.Module):
         self.norm = layer_norm(spec)
         self.dropout = nn.Dropout(spec.dropout_rate)
 
-    def __call__(self, inputs: Array, train: bool = False) -> Array:
-        """Embeds every instance: `[..., L]` ids or `[..., L, F]` features -> `[..., L, E]`."""
+    def __call__(self, inputs: Array, train: bool = False, start: int = 0) -> Array:
+        """Embeds every instance: `[..., L]` ids or `[..., L, F]` features -> `[..., L, E]`.
+
+        Args:
+          inputs: token ids or features.
+          train: draw dropout.
+          start: real tokens that stand before the inputs, in the same row.
+        """
         if not self.vocab_size:
-            return self.refine(self.feature(inputs), train)
+            return self.refine(self.feature(inputs), train, start)
         if self.pad_position is None:
-            return self.refine(self.word(inputs), train)
+            return self.refine(self.word(inputs), train, start)
         real = inputs != self.pad_position
-        positions = jnp.where(real, jnp.cumsum(real, axis=-1), 0) + self.pad_position
+        positions = jnp.where(real, jnp.cumsum(real, axis=-1) + start, 0) + self.pad_position
         return self._finish(self.word(inputs), jnp.asarray(self.position)[positions], train)
 
-    def refine(self, x: Array, train: bool = False) -> Array:
-        """Adds positions and types to `[..., L, E]`, then LayerNorm and dropout: `[..., L, E]`."""
-        start = 0 if self.pad_position is None else self.pad_position + 1
+    def refine(self, x: Array, train: bool = False, start: int = 0) -> Array:
+        """Adds positions and types to `[..., L, E]`, then LayerNorm and dropout: `[..., L, E]`; the first position is `start`."""
+        start += 0 if self.pad_position is None else self.pad_position + 1
         return self._finish(x, self.position[start : start + x.shape[-2]], train)
 
     def _finish(self, x: Array, positions: Array, train: bool) -> Array:

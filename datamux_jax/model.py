@@ -8,6 +8,7 @@ attention, nothing mixed and nothing unmixed. That is the baseline every report 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from datamux_jax.errors import InputError
 from datamux_jax.families import HeadForm, SpecialTokens
 from datamux_jax.heads import ClassificationHead, ReplacedTokenHead, VocabularyHead
 from datamux_jax.layers import Array, Embeddings, Spec, masked_mean
+from datamux_jax.mux import Pointwise
 
 POOLS = {
     "first": "the state at position 0 (with an index prefix: at the CLS-like token), demultiplexed",
@@ -133,14 +135,31 @@ class MultiplexedTransformer(nn.Module):
                 f"Rows of {fed.shape[2]} positions (prefix included) are fed, but the position table has {self.num_positions} rows, "
                 f"of which {self.num_positions - start} are for tokens. Shorten data.length, or raise model.max_positions."
             )
-        x = self.embeddings(fed, train)
         if self.mux is None:
-            return self.backbone(x[:, 0], mask_BxNxL[:, 0], train)
+            return self.backbone(self.embeddings(fed[:, 0], train), mask_BxNxL[:, 0], train)
         mask = mask_BxNxL if self.demux is None else self.demux.prefix_mask(mask_BxNxL)
-        mixed = self.embeddings.refine(self.mux(x, mask, train), train)
+        mixed = self.embeddings.refine(self.mix(fed, mask, train), train)
         # Padding of one instance is content of another; without tokens there is none.
         everywhere = self.attend_padding or not self.vocab_size
         return self.backbone(mixed, None if everywhere else mask.max(axis=1), train)
+
+    def mix(self, fed: Array, mask_BxNxL: Array, train: bool = False) -> Array:
+        """Embeds every instance and mixes: `[B, L', E]`. At inference in one pass over the instances, where the multiplexer allows."""
+        mux = self.mux
+        assert mux is not None, "the plain network mixes nothing"
+        if train or self.is_initializing() or not isinstance(mux, Pointwise):
+            return cast(Array, mux(self.embeddings(fed, train), mask_BxNxL, train))
+
+        def embed(model: MultiplexedTransformer, inputs: Array, start: int) -> Array:
+            return model.embeddings(inputs, start=start)
+
+        # An index prefix is the same in all groups: it is mixed once.
+        head, body = fed[:1, :, : self.offset], fed[:, :, self.offset :]
+        mixed = mux.mix(functools.partial(embed, start=self.offset), self, body)
+        if not self.offset:
+            return mixed
+        head = mux.mix(functools.partial(embed, start=0), self, head)
+        return jnp.concatenate([jnp.broadcast_to(head, (len(mixed), *head.shape[1:])), mixed], axis=1)
 
     def classify(self, h_BxLxD: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """Class logits of every instance: `[B, N, C]`, float32."""

@@ -131,35 +131,83 @@ def rotate(w_ExE: Array, x_LxE: Array) -> Array:
     return x_LxE @ w_ExE.T
 
 
-class GaussianHadamard(Multiplexer):
-    """`mean_i(v_i * x_i)` with one Gaussian vector `v_i` an instance (DataMUX, section 3.1, "Hadamard product")."""
+class Pointwise(Multiplexer):
+    """Multiplexers that look at one position at a time: `scale * sum_i phi(parameter_i, x_i)`."""
 
-    @nn.compact
+    @staticmethod
+    def phi(parameter: Array, x_LxE: Array, /) -> Array:
+        """The transformation of one instance."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> float:
+        """By what the sum over instances is multiplied."""
+        return 1 / self.num_instances
+
+    def parameters(self) -> Array:
+        """One parameter an instance, `[N, ...]`."""
+        raise NotImplementedError
+
     def __call__(self, x_BxNxLxE: Array, mask_BxNxL: Array | None = None, train: bool = False) -> Array:
         del mask_BxNxL, train  # Padding of one instance is mixed like content; only contextual multiplexers look.
-        return total(transform(hadamard, self.gaussians(), x_BxNxLxE)) / self.num_instances
+        return total(transform(self.phi, self.parameters(), x_BxNxLxE)) * self.scale
+
+    def mix(self, embed: Callable[[nn.Module, Array], Array], module: nn.Module, inputs_BxNxL: Array) -> Array:
+        """Embeds and mixes one instance after the other, `[B, L, E]`: no `[B, N, L, E]` ever exists.
+
+        At N = 40 that is 2 to 6 times as fast on CPU, where the temporary leaves the caches. Not for training: the backward pass
+        would add up a gradient of the whole embedding table for every instance.
+
+        Args:
+          embed: `(module, [B, L, ...]) -> [B, L, E]`.
+          module: whose parameters `embed` uses.
+          inputs_BxNxL: token ids `[B, N, L]`, or features `[B, N, L, F]`.
+        """
+        of_group = jax.vmap(self.phi, in_axes=(None, 0))
+
+        def add(module: nn.Module, mixed: Array, instance: tuple[Array, Array]) -> tuple[Array, None]:
+            parameter, inputs = instance
+            return mixed + of_group(parameter, embed(module, inputs)), None
+
+        scan: Any = nn.scan(add, variable_broadcast="params", split_rngs={}, in_axes=((0, 1),))
+        batch, _, length = inputs_BxNxL.shape[:3]
+        start = jnp.zeros((batch, length, self.spec.width), self.spec.dtype)
+        return scan(module, start, (self.parameters(), inputs_BxNxL))[0] * self.scale
 
 
-class BinaryHadamard(Multiplexer):
+class GaussianHadamard(Pointwise):
+    """`mean_i(v_i * x_i)` with one Gaussian vector `v_i` an instance (DataMUX, section 3.1, "Hadamard product")."""
+
+    phi = staticmethod(hadamard)
+
+    @nn.compact
+    def parameters(self) -> Array:
+        return self.gaussians()
+
+
+class BinaryHadamard(Pointwise):
     """`mean_i(m_i * x_i)`: every instance keeps a chunk of the dimensions (DataMUX, "binary" ablation)."""
 
+    phi = staticmethod(hadamard)
+
     @nn.compact
-    def __call__(self, x_BxNxLxE: Array, mask_BxNxL: Array | None = None, train: bool = False) -> Array:
-        del mask_BxNxL, train
-        masks = self.instance_embedding(chunk_masks(self.epsilon), self.spec.width)
-        return total(transform(hadamard, masks, x_BxNxLxE)) / self.num_instances
+    def parameters(self) -> Array:
+        return self.instance_embedding(chunk_masks(self.epsilon), self.spec.width)
 
 
-class RandomOrtho(Multiplexer):
+class RandomOrtho(Pointwise):
     """`sum_i(W_i x_i) / sqrt(N)` with orthogonal matrices `W_i` (DataMUX, section 3.1, "Ortho")."""
 
+    phi = staticmethod(rotate)
     matrices = staticmethod(orthogonal_matrices)
 
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.num_instances)
+
     @nn.compact
-    def __call__(self, x_BxNxLxE: Array, mask_BxNxL: Array | None = None, train: bool = False) -> Array:
-        del mask_BxNxL, train
-        matrices = self.instance_embedding(self.matrices, self.spec.width, self.spec.width)
-        return total(transform(rotate, matrices, x_BxNxLxE)) / math.sqrt(self.num_instances)
+    def parameters(self) -> Array:
+        return self.instance_embedding(self.matrices, self.spec.width, self.spec.width)
 
 
 class RandomOrthoLowRank(RandomOrtho):

@@ -1,5 +1,7 @@
 """The composed network: what multiplexing must and must not change."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +9,19 @@ import pytest
 
 from datamux_jax.build import build, count_params
 from datamux_jax.errors import InputError
+from datamux_jax.families import SpecialTokens
 from datamux_jax.model import POOLS
 from tests.conftest import fresh_params, small_config
 
 N, L, V, C = 3, 6, 20, 4
 
 
-def make(n=N, pool="mean", vocab_size=V, **changes):
+SPECIAL = SpecialTokens(pad=1, cls=2, sep=3, mask=4, filler=5, index=19, index_cls=6, mlp_first=6)
+
+
+def make(n=N, pool="mean", vocab_size=V, special=None, **changes):
     config = small_config(n, model__pool=pool, model__init_stddev=0.3, **changes)
-    model = build(config, num_classes=C, vocab_size=vocab_size, max_length=L)
+    model = build(config, num_classes=C, vocab_size=vocab_size, max_length=L, tokens=special)
     shape = (1, n, L) if vocab_size else (1, n, L, 5)
     params = fresh_params(model, shape, "int32" if vocab_size else "float32")
     return model, params
@@ -72,6 +78,31 @@ def test_a_row_may_be_cut_where_all_instances_are_padding(changes, equal, tokens
     mask = mask.at[:, 0, 4:].set(0)
     cut = logits(model, params, tokens[..., :4], mask[..., :4])
     assert np.allclose(logits(model, params, tokens, mask), cut, atol=1e-5) == equal
+
+
+@pytest.mark.parametrize(
+    ("changes", "special"),
+    [
+        ({"mux__name": "random_ortho"}, SPECIAL),
+        ({"mux__name": "binary_hadamard", "vocab_size": 0}, None),
+        ({"demux__name": "index"}, SPECIAL),
+        ({"demux__name": "index", "demux__prefix": "cut"}, SPECIAL),
+        ({"demux__name": "index", "model__family": "roberta"}, SPECIAL),
+    ],
+    ids=str,
+)
+def test_inference_mixes_one_instance_after_the_other_and_gets_the_same(changes, special, tokens, mask):
+    model, params = make(special=special, **changes)
+    inputs = tokens if model.vocab_size else jax.random.normal(jax.random.key(3), (*tokens.shape, 5))
+
+    def encode(params, train):  # Without dropout, training computes the same in the other way.
+        return model.apply({"params": params}, inputs, mask, train, method="encode")
+
+    both = [jax.jit(encode, static_argnums=1)(params, train) for train in (False, True)]
+    np.testing.assert_allclose(*both, atol=2e-6)
+    programs = [str(jax.make_jaxpr(encode, 1)(params, train)) for train in (False, True)]
+    embedded = rf"f32\[4,{N},\d+,{model.spec.width}\]"
+    assert [bool(re.search(embedded, program)) for program in programs] == [False, True]
 
 
 def test_one_instance_times_ones_is_the_encoder_with_double_embedding(tokens, mask):
