@@ -98,6 +98,7 @@ def build(
         classifier_form=head_form(m.family, config.demux.name, level or "sequence"),
         pool=choose(POOLS, m.pool, "The pooling model.pool ="),
         retrieval_start=demux.offset if demux and demux.offset else retrieval_start(m.family, config.demux.name, level),
+        logits_mib=config.logits_mib,
         attend_padding=config.mux.attend_padding,
     )
 
@@ -154,6 +155,9 @@ def build_generator(config: Any, model: MultiplexedTransformer) -> MultiplexedTr
         num_classes=0,
         vocabulary_head=True,
         tied_decoder=plain,
+        logits_mib=model.logits_mib / model.num_instances
+        if plain
+        else model.logits_mib,  # All passes of a plain one run at once.
     )
 
 

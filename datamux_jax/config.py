@@ -103,7 +103,7 @@ def _teaching(config: Any) -> None:
 
 
 POSITIVE = (
-    *("num_instances", "batch_groups", "accumulation", "steps", "log_every", "retrieval_percentage"),
+    *("num_instances", "batch_groups", "accumulation", "steps", "log_every", "retrieval_percentage", "logits_mib"),
     *("checkpoint.every", "checkpoint.keep", "eval.groupings", "eval.batch_groups", "benchmark.windows", "benchmark.seconds"),
     *("model.hidden_size", "model.num_layers", "model.num_heads", "model.mlp_dim", "model.layer_norm_eps", "demux.num_layers"),
     *("optimizer.learning_rate", "optimizer.eps", "distill.temperature"),

@@ -132,6 +132,6 @@ def mask_for_electra(
     return jnp.where(masked, special.mask, tokens_BxNxL).astype(tokens_BxNxL.dtype), chosen
 
 
-def sample_tokens(keys_B: Array, logits_BxPxV: Array) -> Array:
+def sample_tokens(keys_BxP: Array, logits_BxPxV: Array) -> Array:
     """One token from each row of logits, `[B, P]`: the largest after Gumbel noise (temperature 1). No gradient."""
-    return jax.vmap(jax.random.categorical)(keys_B, jax.lax.stop_gradient(logits_BxPxV))
+    return jax.vmap(jax.vmap(jax.random.categorical))(keys_BxP, jax.lax.stop_gradient(logits_BxPxV))

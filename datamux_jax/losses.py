@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from datamux_jax import corruption
+from datamux_jax import corruption, vocabulary
 from datamux_jax.layers import Array
 from datamux_jax.model import MultiplexedTransformer, call
 
@@ -93,8 +93,9 @@ def retrieval_loss(
     Logits exist at the drawn positions only. Rows that only fill up a group count too, as published.
     """
     instance, target, weight, position = drawn
-    logits = call(model, params, "predict_tokens", h_BxLxD, instance, position, train, rngs=dropout_stream(rngs, 1))
-    return _vocabulary_loss("retrieval", model.num_instances, logits, target, instance, weight)
+    states = call(model, params, "read", h_BxLxD, instance, position, train, rngs=dropout_stream(rngs, 1))
+    loss, right, _ = vocabulary.cross_entropy(model, params, states, target)
+    return _token_sums("retrieval", model.num_instances, loss, right, instance, weight)
 
 
 def classification_loss(
@@ -178,6 +179,7 @@ def chosen_tokens_loss(
     room: int,
     rngs: Mapping[str, Array],
     train: bool,
+    sample_keys_B: Array | None = None,
 ) -> tuple[Sums, tuple[Array, Array, Array, Array]]:
     """MLM: cross-entropy over the vocabulary at the chosen tokens of all instances; logits exist only there.
 
@@ -190,18 +192,19 @@ def chosen_tokens_loss(
       room: how many a group at most.
       rngs: random keys.
       train: draw dropout.
+      sample_keys_B: to draw tokens from what is predicted; None: the likeliest.
 
     Returns:
-      Sums, and `(logits_BxPxV, instance_BxP, position_BxP, weight_BxP)`, positions counted without prefix.
+      Sums, and `(token, instance, position, weight)`, all `[B, P]`: the drawn tokens, where they stand (positions counted without
+      prefix), and 0 where nothing is asked for.
     """
     body = h_BxLxD.shape[1] - model.offset  # A cut prefix pushes the last tokens out.
     instance, position, weight = corruption.gather_chosen(chosen_BxNxL[..., :body], min(room, model.num_instances * body))
-    logits = call(
-        model, params, "predict_tokens", h_BxLxD, instance, position + model.offset, train, rngs=dropout_stream(rngs, 2)
-    )
+    states = call(model, params, "read", h_BxLxD, instance, position + model.offset, train, rngs=dropout_stream(rngs, 2))
     target = tokens_BxNxL[jnp.arange(len(instance))[:, None], instance, position]
-    sums = _vocabulary_loss("mlm", model.num_instances, logits, target, instance, weight)
-    return sums, (logits, instance, position, weight)
+    keys = None if sample_keys_B is None else jnp.swapaxes(corruption.split(sample_keys_B, instance.shape[1]), 0, 1)
+    loss, right, token = vocabulary.cross_entropy(model, params, states, target, keys)
+    return _token_sums("mlm", model.num_instances, loss, right, instance, weight), (token, instance, position, weight)
 
 
 def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch) -> Sums:
@@ -216,9 +219,8 @@ def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, 
     position = jnp.broadcast_to(jnp.arange(body) + model.offset, (len(tokens), body))
 
     def one(i: Array) -> tuple[Array, Array, Array]:
-        logits = call(model, params, "predict_tokens", h_BxLxD, jnp.full_like(position, i), position)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, i])
-        right = logits.argmax(-1) == tokens[:, i]
+        states = call(model, params, "read", h_BxLxD, jnp.full_like(position, i), position)
+        loss, right, _ = vocabulary.cross_entropy(model, params, states, tokens[:, i])
         return (loss * counted[:, i]).sum(), (right * counted[:, i]).sum(), counted[:, i].sum()
 
     loss, right, weight = jax.lax.map(one, jnp.arange(tokens.shape[1]))
@@ -229,16 +231,12 @@ def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, 
 TASK_LOSSES = {"classification": classification_loss, "regression": regression_loss, "tagging": tagging_loss}
 
 
-def _vocabulary_loss(
-    name: str, instances: int, logits_BxPxV: Array, target_BxP: Array, instance_BxP: Array, weight_BxP: Array
-) -> Sums:
-    """Cross-entropy over the vocabulary: the sums `NAME_loss` and `NAME_accuracy`, the latter by instance."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits_BxPxV, target_BxP)
-    right = (logits_BxPxV.argmax(-1) == target_BxP) * weight_BxP
-    slot = jax.nn.one_hot(instance_BxP, instances)
+def _token_sums(name: str, instances: int, loss: Array, right: Array, instance: Array, weight: Array) -> Sums:
+    """The sums `NAME_loss` and `NAME_accuracy`, the latter by instance, of `[B, P]` predicted tokens."""
+    slot = jax.nn.one_hot(instance, instances)
     return {
-        f"{name}_loss": ((loss * weight_BxP).sum(), weight_BxP.sum()),
-        f"{name}_accuracy": (jnp.einsum("bp,bpn->n", right, slot), jnp.einsum("bp,bpn->n", weight_BxP, slot)),
+        f"{name}_loss": ((loss * weight).sum(), weight.sum()),
+        f"{name}_accuracy": (jnp.einsum("bp,bpn->n", right * weight, slot), jnp.einsum("bp,bpn->n", weight, slot)),
     }
 
 

@@ -52,6 +52,7 @@ class MultiplexedTransformer(nn.Module):
       classifier_form: layers of the classification head.
       pool: what sequence classification reads, a key of `POOLS`.
       retrieval_start: first position of the fed row that carries the retrieval loss.
+      logits_mib: MiB of vocabulary logits that a device holds at a time in training and scoring.
       attend_padding: attention in mixed rows also sees positions where all instances are padding (published code). If it does not,
         rows may be cut to their longest instance without changing a number, unless the multiplexer itself attends to padding.
     """
@@ -73,6 +74,7 @@ class MultiplexedTransformer(nn.Module):
     classifier_form: HeadForm = HeadForm()
     pool: str = "first"
     retrieval_start: int = 0
+    logits_mib: float = 1024
     attend_padding: bool = False
 
     def setup(self) -> None:
@@ -210,11 +212,17 @@ class MultiplexedTransformer(nn.Module):
 
     def predict_tokens(self, h_BxLxD: Array, instance_BxP: Array, position_BxP: Array, train: bool = False) -> Array:
         """Vocabulary logits of chosen pairs of instance and position of the fed row: `[B, P, V]`, float32."""
+        return self.decode(self.read(h_BxLxD, instance_BxP, position_BxP, train))
+
+    def read(self, h_BxLxD: Array, instance_BxP: Array, position_BxP: Array, train: bool = False) -> Array:
+        """What `decode` reads, of chosen pairs of instance and position of the fed row: `[B, P, D]`."""
         if self.demux is None:
-            states = jnp.take_along_axis(h_BxLxD, position_BxP[..., None], axis=1)
-        else:
-            states = self.demux(h_BxLxD, (instance_BxP, position_BxP), stack="retrieval", train=train)
-        return self.decoder(states, self.embeddings)
+            return jnp.take_along_axis(h_BxLxD, position_BxP[..., None], axis=1)
+        return self.demux(h_BxLxD, (instance_BxP, position_BxP), stack="retrieval", train=train)
+
+    def decode(self, states_BxPxD: Array) -> Array:
+        """Vocabulary logits: `[B, P, V]`, float32."""
+        return self.decoder(states_BxPxD, self.embeddings)
 
 
 def call(model: nn.Module, params: Any, method: str, *args: Any, rngs: Mapping[str, Array] | None = None) -> Array:

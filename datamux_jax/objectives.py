@@ -187,10 +187,11 @@ def _generate(
         streams = {"dropout": jax.random.fold_in(dropout_stream(rngs, 3)["dropout"], number)} if train else {}
         h = call(generator, params, "encode", masked, mask, train, rngs=dropout_stream(streams, 0))
         room = corruption.capacity(tokens[0].size, config.mask_rate)
-        sums, (logits, *pair, weight) = losses.chosen_tokens_loss(generator, params, h, tokens, chosen, room, streams, train)
+        sums, (sampled, *pair, weight) = losses.chosen_tokens_loss(
+            generator, params, h, tokens, chosen, room, streams, train, sample_keys
+        )
         at = (jnp.arange(len(masked))[:, None], *pair)
-        sampled = corruption.sample_tokens(sample_keys, logits).astype(masked.dtype)
-        filled = masked.at[at].set(jnp.where(weight > 0, sampled, masked[at]))
+        filled = masked.at[at].set(jnp.where(weight > 0, sampled.astype(masked.dtype), masked[at]))
         if muxed and config.retrieval_loss_coeff:
             drawn = losses.draw_retrieval(generator, retrieval_keys, generator.feed(masked), config.retrieval_percentage)
             sums["retrieval_loss"] = losses.retrieval_loss(generator, params, h, drawn, streams, train)["retrieval_loss"]

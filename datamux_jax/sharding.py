@@ -119,6 +119,13 @@ def constrain(x: jax.Array, last: str | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(groups, *[None] * (x.ndim - 2), end))
 
 
+def held(groups: int) -> int:
+    """How many of `groups` a device holds: what is traced is meant for `on_mesh`, or for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else int(np.prod([dict(mesh.shape)[axis] for axis in BATCH_AXES]))
+    return groups // shards if groups % shards == 0 else groups
+
+
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
     """While active, what is traced is meant for `mesh`: `constrain` holds."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

@@ -65,7 +65,7 @@ def test_chosen_tokens_are_listed_once_each():
 
 def test_sampling_follows_the_logits():
     logits = jnp.log(jnp.array([0.1, 0.6, 0.3]))
-    drawn = np.asarray(corruption.sample_tokens(KEYS, jnp.broadcast_to(logits, (B, 125, 3)))).ravel()
+    drawn = np.asarray(corruption.sample_tokens(corruption.split(KEYS, 125).T, jnp.broadcast_to(logits, (B, 125, 3)))).ravel()
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 5000, [0.1, 0.6, 0.3], atol=0.03)
-    gradient = jax.grad(lambda x: corruption.sample_tokens(KEYS[:1], x[None, None]).astype("float32").sum())(logits)
+    gradient = jax.grad(lambda x: corruption.sample_tokens(KEYS[:1, None], x[None, None]).astype("float32").sum())(logits)
     assert not gradient.any()

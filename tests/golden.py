@@ -132,7 +132,8 @@ def forward(model, config, params, batch: dict, instances: np.ndarray, room: int
             model, params, h, jnp.maximum(label, 0), label != losses.NO_LABEL, room, {}, False
         )
         out["task_loss"] = losses.mean(sums, "mlm_loss")
-        out |= dict(zip(("chosen_logits", "instance", "position", "weight"), parts, strict=True))
+        out |= dict(zip(("instance", "position", "weight"), parts[1:], strict=True))
+        out["chosen_logits"] = call(model, params, "predict_tokens", h, parts[1], parts[2] + model.offset)
     else:
         tagging = config.objective == "tagging"
         out["demuxed"] = model.apply({"params": params}, h, method=lambda m, h: m.demux(h))

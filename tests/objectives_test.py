@@ -1,6 +1,7 @@
 """Objectives, retrieval targets and the sums they return."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,32 @@ def test_a_sample_that_hits_the_original_is_not_replaced(batch, kind, monkeypatc
     assert not seen["replaced"][np.asarray(batch["mask"]) == 0].any()
     objective(params, {**batch, "inputs": 7 * batch["mask"]}, RNGS, False)
     assert not seen["replaced"].any()
+
+
+@pytest.mark.parametrize("objective", ["retrieval", "mlm", "electra"])
+def test_logits_in_pieces_give_the_same_loss_and_gradients_and_never_exist_as_a_whole(batch, objective):
+    if objective == "electra":
+        config, model, _, params = electra("plain", retrieval_loss_coeff=0.1)
+    else:
+        config, model, params = make(objective=objective, retrieval_loss_coeff=0.1, mask_rate=0.5)
+
+    def differentiated(mib):
+        network = model.clone(parent=None, logits_mib=mib)
+        loss = OBJECTIVES[objective](network, config, build_generator(config, network))
+        return jax.value_and_grad(lambda params: loss(params, batch, RNGS, True), has_aux=True)
+
+    largest = 2 * B * V * 4  # Bytes of the logits at two positions of every group.
+    whole, pieces = differentiated(1024), differentiated(largest / 2**20)
+    for expected, got in zip(*(jax.tree.leaves(jax.jit(f)(params)) for f in (whole, pieces)), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    sizes = [[int(np.prod(s)) for s in shapes_over_vocabulary(jax.make_jaxpr(f)(params))] for f in (whole, pieces)]
+    assert max(sizes[1]) * 4 <= largest < max(sizes[0]) * 4
+
+
+def shapes_over_vocabulary(program):
+    """Shapes `[B, P, V]` of all values in a program."""
+    found = re.findall(rf"f32\[([\d,]+,{V})\]", str(program))
+    return [shape for text in found if len(shape := [int(size) for size in text.split(",")]) > 2]
 
 
 @pytest.mark.slow
