@@ -54,7 +54,7 @@ def unrolled(model: MultiplexedTransformer) -> MultiplexedTransformer:
 
 def layer_sums(model: MultiplexedTransformer, params: Any, batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The sums of `layer_statistics` over a batch, each `[layers]`; rows that only fill up count nothing."""
-    h, kept = model.apply(
+    _, kept = model.apply(
         {"params": params},
         batch["inputs"],
         batch["mask"],
@@ -62,7 +62,7 @@ def layer_sums(model: MultiplexedTransformer, params: Any, batch: Any) -> dict[s
         mutable=["intermediates"],
         capture_intermediates=is_block,
     )
-    weight = model.fed_mask(batch["mask"]).max(1)[:, : h.shape[1]] * batch["weight"].max(1)[:, None]
+    weight = model.fed_mask(batch["mask"]).max(1) * batch["weight"].max(1)[:, None]
     found = [kept["intermediates"]["backbone"][f"layers_{i}"] for i in range(model.spec.num_layers)]
     by_layer = [of_layer(layer["__call__"][0], layer["attention"]["weights"][0]) for layer in found]
     sums = {name: jnp.stack([(values[name] * weight).sum() for values in by_layer]) for name in by_layer[0]}

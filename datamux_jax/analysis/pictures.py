@@ -55,7 +55,7 @@ def layers(path: Path, found: dict[str, Any], title: str, instances: int) -> Non
                 axes.plot(numbers, one[name], "o-", color=color, label=text, markersize=4)
                 if name == "entropy":
                     axes.plot(numbers, one["largest_entropy"], ":", color=color, label=f"{text}, uniform attention")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
             axes.set_title(heads[name], fontsize=10)
             axes.set_xlabel("layer")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -76,7 +76,7 @@ def interference(path: Path, found: dict[str, Any], title: str) -> None:
         axes.plot(slots, _numbers(found["similarity_per_slot"]), "o-", color="#1f5fa8", label="one instance, other companions")
         axes.plot(slots, _numbers(found["chance_per_slot"]), "o:", color="grey", label="different instances (chance)")
         axes.set_title("cosine between demultiplexed states", fontsize=10)
-        axes.set_ylim(top=1.02)
+        axes.set_ylim(min(0, axes.dataLim.y0 - 0.02), 1.02)
 
     def predictions(axes: Any) -> None:
         mean, error = (_numbers(found[f"{name}_per_slot"]) for name in (second, f"{second}_std"))

@@ -25,9 +25,9 @@ def retrieval_by_position(run: Run, arrays: Arrays, *, groupings: int = 1, label
       label: of the progress line.
 
     Returns:
-      `accuracy`; `per_slot`, a list of N; `per_position`, a list of L, by the token's place in its own text; `table`, N lists of L; None
-      where no token was asked for; `counts`, the tokens asked for at each position. `trained` says whether the run trained retrieval
-      itself; what others can do is left from the runs that they started from.
+      `accuracy`; `per_slot`, a list of N; `per_position`, a list of L, by the token's place in its own text; `table`, N lists of L;
+      None where no token was asked for. `counts`, the tokens asked for at each position. `trained` says whether the run trained
+      retrieval itself; what others can do is left from the runs that they started from.
 
     Raises:
       InputError: N = 1, no vocabulary head, or too few examples.

@@ -38,7 +38,7 @@ def sequence_reading(model: MultiplexedTransformer, params: Any, batch: Any, h_B
     states = call(model, params, "features", h_BxLxD, batch["mask"])
     logits = call(model, params, "classify", h_BxLxD, batch["mask"])
     guess = logits[..., 0] if batch["label"].dtype == jnp.float32 else logits.argmax(-1)
-    real = model.fed_mask(batch["mask"]).max(1)[:, : h_BxLxD.shape[1], None].astype(h_BxLxD.dtype)
+    real = model.fed_mask(batch["mask"]).max(1)[..., None].astype(h_BxLxD.dtype)
     mixed = (h_BxLxD * real).sum(1) / jnp.maximum(real.sum(1), 1)
     weight = jnp.ones((*guess.shape, 1))
     label = batch["label"][..., None]

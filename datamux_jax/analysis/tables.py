@@ -75,8 +75,8 @@ def of_interference(found: dict[str, Any], contents: dict[str, Any]) -> list[str
         *table(["slot", *[head for head, _ in columns.values()]], rows),
         "",
         f"Each of {found['examples']:,} examples in each slot with {found['companions']} random sets of companions; predicted is: "
-        f"{what}. Similarity: cosine between the demultiplexed states of one instance with different companions; chance: between different "
-        "instances. "
+        f"{what}. Similarity: cosine between the demultiplexed states of one instance with different companions; chance: between "
+        "different instances. "
         + (
             "Changed: draws whose prediction is not the one that most draws give."
             if "accuracy" in found
