@@ -22,7 +22,6 @@ from datamux_jax.plan import build_model
 from datamux_jax.runs import Run, load_run
 from datamux_jax.train import train
 from tests.conftest import fresh_params, small_config, text_config
-from tests.launch_test import assert_refused
 from tests.launch_test import run as launch
 
 
@@ -187,11 +186,8 @@ def test_components_are_the_directions_of_most_variance():
     assert points.between(np.repeat(x[:2], 3, axis=0), np.repeat([0, 1], 3)) == pytest.approx(1)
 
 
-OBJECTIVES = [
-    "retrieval",
-    "tagging",
-    *[pytest.param(name, marks=pytest.mark.slow) for name in ("regression", "mlm", "electra")],
-]
+SLOW = ("retrieval", "regression", "mlm", "electra")
+OBJECTIVES = ["tagging", *[pytest.param(name, marks=pytest.mark.slow) for name in SLOW]]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -279,27 +275,13 @@ def test_texts_have_all_parts(text_run, tmp_path, capsys):
         ({"against": "other"}, "reads other inputs"),
         ({"against": "nothing"}, "is not the folder of a run"),
         ({"output": "n1/config.json"}, "this is a file"),
+        ({"path": "experiment"}, "is an experiment of several runs"),
     ],
 )
-def test_what_cannot_be_done_is_refused(family, plain_text_run, options, message, tmp_path):
-    places = {
-        "n2": family / "n2",
-        "other": plain_text_run,
-        "nothing": family / "n3",
-        "n1/config.json": family / "n1/config.json",
-    }
-    output = {"output": tmp_path / "out"}
+def test_what_cannot_be_done_is_refused(family, text_run, options, message, tmp_path):
+    places = {name: family / name for name in ("n2", "n1/config.json")}
+    places |= {"other": text_run, "nothing": family / "n3", "experiment": family}
+    given = {"path": family / "n2", "output": tmp_path / "out"} | {name: places.get(x, x) for name, x in options.items()}
     with pytest.raises(InputError, match=message):
-        analysis.analyze(family / "n2", **{**output, **{name: places.get(value, value) for name, value in options.items()}})
+        analysis.analyze(**given)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def plain_text_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain") / "run"
-    train(text_config(1, steps=1, checkpoint__every=1), folder)
-    return folder
-
-
-def test_an_experiment_is_refused(family):
-    assert_refused(launch("analyze", f"--workdir={family}"), "is an experiment of several runs")

@@ -124,15 +124,15 @@ def _plain(run: Run, against: Path | None) -> tuple[Run | None, str]:
         plain = load_run(found)
         return (None, f"{found} reads other inputs.") if _inputs(plain) != _inputs(run) else (plain, "")
     plain = load_run(against)
-    if plain.config.num_instances != 1:
-        raise InputError(
-            f"--against={against} is a run with N = {plain.config.num_instances}, but layers are compared with those of a plain "
-            "network. Name a run with N = 1, or leave the flag out."
-        )
     if _inputs(plain) != _inputs(run):
         raise InputError(
             f"--against={against} reads other inputs than {run.path}: it has another tokenizer, length or number of features. "
             "Name an N = 1 run that was trained on the same data."
+        )
+    if plain.config.num_instances != 1:
+        raise InputError(
+            f"--against={against} is a run with N = {plain.config.num_instances}, but layers are compared with those of a plain "
+            "network. Name a run with N = 1, or leave the flag out."
         )
     return plain, ""
 
