@@ -183,6 +183,7 @@ def test_components_are_the_directions_of_most_variance():
     group = (x[:, 1] > 7).astype(int)
     assert points.between(x, group) > 0.5
     assert points.between(x, rng.permutation(group)) == pytest.approx(0, abs=0.02)
+    assert points.between(x, rng.permutation(200) // 4) == pytest.approx(0, abs=0.12)  # Unadjusted: about 0.25.
     assert points.between(np.repeat(x[:2], 3, axis=0), np.repeat([0, 1], 3)) == pytest.approx(1)
 
 
