@@ -18,6 +18,23 @@ from datamux_jax.runs import Run, load_run
 NAME = "metrics"
 
 
+def examples_of(run: Run, split: str, count: int) -> pipeline.Arrays:
+    """The first `count` examples (0: all) of a split of the run's data source.
+
+    Raises:
+      InputError: no such split, or the run reads something else than its source gives.
+    """
+    config = run.config
+    fmt = pipeline.format_of(config, run.path)
+    if fmt != run.format:
+        raise InputError(
+            f"{run.path} does not read what its data source {config.data.source!r} gives: it was converted from a checkpoint, "
+            "or trained with other versions of the data. Evaluate a run that was trained on that source."
+        )
+    splits = pipeline.splits_of(config, fmt)
+    return scoring.first_examples(splits[choose(splits, split, "The split")], count)
+
+
 def evaluate(
     run: Run, *, split: str, groupings: int, label: str = "evaluate", predictions: Path | None = None
 ) -> dict[str, Any]:
@@ -45,14 +62,7 @@ def evaluate(
     config = run.config
     if predictions is not None:
         check_predictions(predictions, config)
-    fmt = pipeline.format_of(config, run.path)
-    if fmt != run.format:
-        raise InputError(
-            f"{run.path} does not read what its data source {config.data.source!r} gives: it was converted from a checkpoint, "
-            "or trained with other versions of the data. Evaluate a run that was trained on that source."
-        )
-    splits = pipeline.splits_of(config, fmt)
-    arrays = scoring.first_examples(splits[choose(splits, split, "The split")], config.eval.examples)
+    arrays, fmt = examples_of(run, split, config.eval.examples), run.format
     step = scoring.scoring_step(config, run.model, build_generator(config, run.model))
     totals, scores, about = [], [], {}
     progress = Progress(label, groupings)

@@ -173,6 +173,24 @@ def by_heads(x: Array) -> Array:
     return jnp.swapaxes(constrain(jnp.swapaxes(x, -2, -1), "tensor"), -2, -1)
 
 
+def attention_weights(q: Array, k: Array, allowed: Array | None) -> Array:
+    """The weights `[B, heads, L, L]` (query, key) of the fused attention, which returns none: its results for one-hot values.
+
+    Values are as wide as a head, so the keys come in pieces.
+
+    Args:
+      q: queries, `[B, L, heads, head_dim]`.
+      k: keys, likewise.
+      allowed: mask as the attention has it.
+    """
+    length, heads, width = q.shape[-3:]
+    pieces = -(-length // width)
+    onehot = jnp.eye(length, pieces * width, dtype=q.dtype).reshape(length, pieces, 1, width)
+    values = jnp.broadcast_to(jnp.moveaxis(onehot, 1, 0)[:, None], (pieces, len(q), length, heads, width))
+    parts = jax.vmap(lambda v: jax.nn.dot_product_attention(q, k, v, mask=allowed))(values)
+    return jnp.einsum("pblhw->bhlpw", parts).reshape(len(q), heads, length, pieces * width)[..., :length]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with biases: `[..., L, D] -> [..., L, D]`."""
 
@@ -216,6 +234,8 @@ class Attention(nn.Module):
             )
         else:
             y = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+            if self.is_mutable_collection("intermediates"):  # Somebody looks inside; otherwise weights never exist as an array.
+                self.sow("intermediates", "weights", attention_weights(q, k, allowed))
         y = by_heads(y)
         return nn.DenseGeneral(
             spec.hidden_size,

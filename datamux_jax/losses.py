@@ -208,9 +208,23 @@ def chosen_tokens_loss(
 
 
 def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch) -> Sums:
-    """Retrieval over every token of every instance, position 0 excepted (it is the same for all): loss, and accuracy by instance.
+    """Retrieval over every token of every instance, position 0 excepted (it is the same for all): loss, and accuracy by instance."""
+    read, loss, counted = read_back(model, params, h_BxLxD, batch)
+    right = (read == batch["inputs"][..., : read.shape[2]]) * counted
+    return {
+        "retrieval_loss": ((loss * counted).sum(), counted.sum()),
+        "retrieval_accuracy": (right.sum((0, 2)), counted.sum((0, 2))),
+    }
+
+
+def read_back(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch) -> tuple[Array, Array, Array]:
+    """What retrieval reads at every token of every instance.
 
     Instances are read one after another, so that one plane of vocabulary logits exists at a time.
+
+    Returns:
+      Token ids, their cross-entropy, and 1 where a token counts (not at position 0, which is the same for all), all `[B, N, L]`; with a
+      cut index prefix, of the tokens that are left.
     """
     body = h_BxLxD.shape[1] - model.offset
     tokens = batch["inputs"][..., :body]
@@ -218,13 +232,13 @@ def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, 
     counted = counted.at[..., 0].set(0)
     position = jnp.broadcast_to(jnp.arange(body) + model.offset, (len(tokens), body))
 
-    def one(i: Array) -> tuple[Array, Array, Array]:
+    def one(i: Array) -> tuple[Array, Array]:
         states = call(model, params, "read", h_BxLxD, jnp.full_like(position, i), position)
-        loss, right, _ = vocabulary.cross_entropy(model, params, states, tokens[:, i])
-        return (loss * counted[:, i]).sum(), (right * counted[:, i]).sum(), counted[:, i].sum()
+        loss, _, likeliest = vocabulary.cross_entropy(model, params, states, tokens[:, i])
+        return likeliest, loss
 
-    loss, right, weight = jax.lax.map(one, jnp.arange(tokens.shape[1]))
-    return {"retrieval_loss": (loss.sum(), weight.sum()), "retrieval_accuracy": (right, weight)}
+    read, loss = (jnp.swapaxes(x, 0, 1) for x in jax.lax.map(one, jnp.arange(tokens.shape[1])))
+    return read, loss, counted
 
 
 # What fine-tuning and evaluation score: functions that return sums and outputs.

@@ -111,6 +111,10 @@ class MultiplexedTransformer(nn.Module):
         """What the network is fed: token ids with the demultiplexer's prefix, `[B, N, L']`. Features pass unchanged."""
         return self.demux.prefix(inputs) if self.demux is not None and self.vocab_size else inputs
 
+    def fed_mask(self, mask_BxNxL: Array) -> Array:
+        """The mask of what the network is fed, `[B, N, L']`."""
+        return mask_BxNxL if self.demux is None else self.demux.prefix_mask(mask_BxNxL)
+
     def encode(self, inputs: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """Embeds, mixes and runs the backbone.
 
@@ -139,7 +143,7 @@ class MultiplexedTransformer(nn.Module):
             )
         if self.mux is None:
             return self.backbone(self.embeddings(fed[:, 0], train), mask_BxNxL[:, 0], train)
-        mask = mask_BxNxL if self.demux is None else self.demux.prefix_mask(mask_BxNxL)
+        mask = self.fed_mask(mask_BxNxL)
         mixed = self.embeddings.refine(self.mix(fed, mask, train), train)
         # Padding of one instance is content of another; without tokens there is none.
         everywhere = self.attend_padding or not self.vocab_size
@@ -185,11 +189,11 @@ class MultiplexedTransformer(nn.Module):
         own = jnp.broadcast_to(jnp.arange(self.num_instances), pooled.shape[:2])
         return self.demux(pooled, (own, own), row=h_BxLxD, train=train)
 
-    def token_states(self, h_BxLxD: Array, train: bool = False) -> Array:
+    def token_states(self, h_BxLxD: Array, train: bool = False, stack: str = "task") -> Array:
         """The demultiplexed state of every token: `[B, N, L, D]` (with a cut index prefix, of the tokens that are left)."""
         if self.demux is None:
             return h_BxLxD[:, None]
-        return self.demux(h_BxLxD[:, self.offset :], row=h_BxLxD, train=train)
+        return self.demux(h_BxLxD[:, self.offset :], row=h_BxLxD, stack=stack, train=train)
 
     def tag(self, h_BxLxD: Array, train: bool = False) -> Array:
         """Tag logits of every token: `[B, N, L, C]`, float32."""

@@ -1,0 +1,93 @@
+"""Layer by layer: how large activations are, and how widely attention looks (MUX-PLMs, "Muxology")."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import entr
+
+from datamux_jax import metrics, scoring
+from datamux_jax.data.pipeline import Arrays
+from datamux_jax.layers import Block
+from datamux_jax.model import MultiplexedTransformer
+from datamux_jax.progress import Progress
+from datamux_jax.runs import Run
+
+
+def layer_statistics(run: Run, arrays: Arrays, *, groupings: int = 1, label: str = "layers") -> dict[str, list[float]]:
+    """Statistics of every encoder layer, means over all real positions of the (mixed) rows.
+
+    Inputs are fed as they are, without masking or replacing tokens. A position is real if that of any instance in the row is.
+
+    Args:
+      run: a loaded run; `scan_layers` and `remat` are taken off, which changes no number and no parameter.
+      arrays: examples, as `examples_of` gives them.
+      groupings: random groupings to average over; grouping `g` is drawn with the seed `g`.
+      label: of the progress line.
+
+    Returns:
+      Lists with one entry a layer: `norm`, the L2 norm of the layer's output; `magnitude`, the mean absolute value of its entries (what
+      MUX-PLMs reports); `entropy`, of attention in nats, mean over heads; `largest_entropy`, that of uniform attention, the log of the
+      number of positions that may be attended to.
+    """
+    layers = run.model.spec.num_layers
+    model = unrolled(run.model)
+    step = jax.jit(lambda params, batch, key: (layer_sums(model, params, batch), None))
+    progress = Progress(label, groupings)
+    totals: metrics.Totals = {}
+    for seed in range(groupings):
+        totals = metrics.merge([totals, scoring.score(step, run.params, arrays, run.config, run.mesh, seed=seed).totals])
+        progress.update(seed + 1)
+    progress.close()
+    return {name: [float(totals[name][0][i] / totals[name][1][i]) for i in range(layers)] for name in totals}
+
+
+def unrolled(model: MultiplexedTransformer) -> MultiplexedTransformer:
+    """The same network with its layers called one by one: a scanned or rematerialised block is applied out of sight."""
+    spec = dataclasses.replace(model.spec, scan=False, remat="none")
+    return model.clone(parent=None, spec=spec, backbone=model.backbone.clone(parent=None, spec=spec))
+
+
+def layer_sums(model: MultiplexedTransformer, params: Any, batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The sums of `layer_statistics` over a batch, each `[layers]`; rows that only fill up count nothing."""
+    _, kept = model.apply(
+        {"params": params},
+        batch["inputs"],
+        batch["mask"],
+        method="encode",
+        mutable=["intermediates"],
+        capture_intermediates=is_block,
+    )
+    weight = model.fed_mask(batch["mask"]).max(1) * batch["weight"].max(1)[:, None]
+    found = [kept["intermediates"]["backbone"][f"layers_{i}"] for i in range(model.spec.num_layers)]
+    by_layer = [of_layer(layer["__call__"][0], layer["attention"]["weights"][0]) for layer in found]
+    sums = {name: jnp.stack([(values[name] * weight).sum() for values in by_layer]) for name in by_layer[0]}
+    count = jnp.full(len(found), weight.sum())
+    return {name: (total, count) for name, total in sums.items()}
+
+
+def is_block(module: nn.Module, method: str) -> bool:
+    """What is kept of a forward pass: the outputs of blocks. Attention keeps its weights by itself."""
+    return isinstance(module, Block) and method == "__call__"
+
+
+def of_layer(x_BxLxD: jax.Array, weights_BxHxLxL: jax.Array) -> dict[str, jax.Array]:
+    """The numbers of one layer at every position, `[B, L]` each.
+
+    Args:
+      x_BxLxD: output of the layer.
+      weights_BxHxLxL: its attention weights, `[B, heads, query, key]`.
+    """
+    x, weights = x_BxLxD.astype(jnp.float32), weights_BxHxLxL.astype(jnp.float32)
+    # A key that no head gives any weight is masked: softmax leaves something everywhere else.
+    allowed = (weights > 0).any(1).sum(-1)
+    return {
+        "norm": jnp.linalg.norm(x, axis=-1),
+        "magnitude": jnp.abs(x).mean(-1),
+        "entropy": entr(weights).sum(-1).mean(1),
+        "largest_entropy": jnp.log(allowed),
+    }
