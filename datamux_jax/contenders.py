@@ -127,7 +127,7 @@ class Other:
     def timed(self, groups: int, batches: int = 1) -> Timed:
         """Batches of `groups` rows; end to end, a call handles `batches` of them."""
         fmt = self.format
-        shapes = {"inputs": (groups, fmt.length), "mask": (groups, fmt.length)}
+        shapes: dict[str, tuple[int, ...]] = {"inputs": (groups, fmt.length), "mask": (groups, fmt.length)}
         if self.step == "train":
             shapes["label"] = (groups, fmt.length) if fmt.token_labels else (groups,)
         dtypes = {"label": np.dtype(np.float32 if fmt.numbers else np.int64)}
@@ -143,7 +143,10 @@ class Other:
         act: Callable[..., Any] = self.update if self.step == "train" else self.forward
         device = functools.partial(act, *encoded())
         first = seconds_of(device)
-        calls = {"device": device, "end_to_end": lambda: [act(*encoded()) for _ in range(batches)]}
+        calls: dict[str, Callable[[], Any]] = {
+            "device": device,
+            "end_to_end": lambda: [act(*encoded()) for _ in range(batches)],
+        }
         return Timed(
             calls, {"device": groups, "end_to_end": groups * batches}, self.setup_seconds, first, None, self.parameters
         )
@@ -162,7 +165,7 @@ def agreement(other: Other, ours: Network, rows: int = 2) -> float:
     exact = other.entry.kind in ("torch", "onnx") and ours.run.config.dtype == "float32"
     if exact and not error <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
         raise InputError(
-            f"--contenders={other.entry.kind} gives other logits than our plain network of the same weights, by up to {error:.2g}: it is "
-            "not the same network, and its time says nothing. Leave it out, and report this."
+            f"--contenders={other.entry.kind} gives other logits than our plain network of the same weights, by up to {error:.2g}: it "
+            "is not the same network, and its time says nothing. Leave it out, and report this."
         )
     return error

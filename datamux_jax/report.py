@@ -88,7 +88,7 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
             ]
         )
     keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    lines = [f"# {contents['title']}", "", *_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows]), ""]
+    lines = [f"# {contents['title']}", "", *table([header[i] for i in keep], [[row[i] for i in keep] for row in rows]), ""]
     lines += [note + "\n" for note in _notes(contents, next(iter(configs.values())).eval.batch_groups)]
     slots = _slot_rows(scores)
     if slots:
@@ -202,7 +202,7 @@ def _slot_rows(scores: Scores) -> list[str]:
     ]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
     lines.insert(1, ["-" * width for width in widths])
