@@ -83,18 +83,21 @@ def smaller(config: Any, kind: str) -> Any:
     Of BERT base that is 384 wide with 12 layers, and 768 wide with 4.
 
     Raises:
-      InputError: the sizes do not divide.
+      InputError: the sizes cannot be halved.
     """
     config = ml_collections.ConfigDict(config.to_dict())
     m = config.model
-    keys, by = (("hidden_size", "num_heads", "mlp_dim", "embedding_size"), 2) if kind == "narrow" else (("num_layers",), 3)
+    if kind == "shallow":
+        m.num_layers = max(1, m.num_layers // 3)
+        return config
+    keys = ("hidden_size", "num_heads", "mlp_dim", "embedding_size")
     for key in keys:
-        if m[key] % by:
+        if m[key] % 2:
             raise InputError(
-                f"--contenders={kind} divides model.{key} = {m[key]} by {by}, which leaves a rest. Leave it out, or choose a "
-                f"network whose {', '.join(keys)} are multiples of {by}."
+                f"--contenders=narrow halves model.{key} = {m[key]}, which is odd. Leave it out, or choose a network whose "
+                f"{', '.join(keys)} are even."
             )
-        m[key] //= by
+        m[key] //= 2
     return config
 
 

@@ -123,10 +123,10 @@ def markdown(contents: dict[str, Any]) -> str:
 def _notes(contents: dict[str, Any]) -> list[str]:
     settings = contents["settings"]
     notes = [
-        f"Medians of {settings['windows']} windows of {settings['seconds']} s (at least one call), all rows interleaved in one process; "
-        "compiling (for others: loading, exporting) and the first call are left out, and stand in columns of their own. IQR: "
-        f"interquartile range over median. Ratio: to {contents['reference']}, median of the ratios window by window; per N: that over N. Rows are full; weights are "
-        "random unless a run was given.",
+        f"Medians of {settings['windows']} windows of {settings['seconds']} s (at least one call), all rows interleaved in one "
+        "process; compiling (for others: loading, exporting) and the first call are left out, and stand in columns of their own. "
+        f"IQR: interquartile range over median. Ratio: to {contents['reference']}, median of the ratios window by window; per N: "
+        "that over N. Rows are full; weights are random unless a run was given.",
         "",
         {
             "program": "Memory: what the compiled program holds at once on a device, by the compiler: arguments (parameters included), "

@@ -83,7 +83,8 @@ def groups_of(entries: Sequence[Entry], balance: str, settings: Settings) -> dic
     if total % common:
         numbers = ", ".join(map(str, sorted({e.config.num_instances for e in entries})))
         raise InputError(
-            f"--instances={total} is not a multiple of every number of instances ({numbers}). Give a multiple of {common}, or leave 'instances' out of --balance."
+            f"--instances={total} is not a multiple of every number of instances ({numbers}). Give a multiple of {common}, or "
+            "leave 'instances' out of --balance."
         )
     return {e.name: total // e.config.num_instances for e in entries}
 
@@ -102,7 +103,8 @@ def check_settings(entries: Sequence[Entry], settings: Settings, output: Path) -
     if settings.windows < 1 or settings.batches < 1 or not 0 < settings.seconds < math.inf or settings.instances < 0:
         raise InputError(
             f"--windows={settings.windows}, --seconds={settings.seconds}, --batches={settings.batches}, "
-            f"--instances={settings.instances}: windows and batches are at least 1, seconds are more than 0, and instances are 0 or more."
+            f"--instances={settings.instances}: windows and batches are at least 1, seconds are more than 0, and instances are 0 or "
+            "more."
         )
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
