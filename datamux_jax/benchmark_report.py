@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 
-from datamux_jax import contenders, report, workdir
+import datamux_jax
+from datamux_jax import breakdown, contenders, report, workdir
+from datamux_jax.breakdown import WHOLE
 from datamux_jax.errors import InputError
 
 TITLES = {"groups": "equal groups", "instances": "equal instances", "device": "device only", "end_to_end": "end to end"}
-PACKAGES = ("datamux_jax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 
 
 def machine() -> dict[str, Any]:
@@ -51,7 +53,7 @@ def versions(kinds: Iterable[str]) -> dict[str, str]:
     names = dict.fromkeys(PACKAGES)
     for kind in kinds:
         names |= dict.fromkeys(contenders.OTHERS[kind][0] if kind in contenders.OTHERS else ())
-    found = {"python": platform.python_version()}
+    found = {"datamux_jax": datamux_jax.__version__, "python": platform.python_version()}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
@@ -178,8 +180,7 @@ def _rate(value: float) -> str:
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(one["name"] for one in stages))
-    kinds = [*dict.fromkeys(one["stage"] for name in reversed(names) for one in stages if one["name"] == name)]
-    kinds = [*(kind for kind in kinds if kind != "whole"), "whole"]
+    kinds = [kind for kind in (*breakdown.STAGES, WHOLE) if any(one["stage"] == kind for one in stages)]
     rows = []
     for name in names:
         own = {one["stage"]: one["milliseconds"] for one in stages if one["name"] == name}

@@ -284,7 +284,10 @@ def _measure_stages(
     calls: dict[str, Callable[[], Any]] = {}
     about: dict[str, tuple[str, str]] = {}
     for name, network in networks.items():
-        for stage, call in {**breakdown.stages(network, groups[name]), "whole": timed[name, balance].calls["device"]}.items():
+        for stage, call in {
+            **breakdown.stages(network, groups[name]),
+            breakdown.WHOLE: timed[name, balance].calls["device"],
+        }.items():
             calls[f"{name} {stage}"], about[f"{name} {stage}"] = call, (name, stage)
     result = measure(calls, dict.fromkeys(calls, 1), windows=settings.windows, seconds=settings.seconds)
     contents["stages"] = [

@@ -13,6 +13,8 @@ from datamux_jax.benchmark_networks import Network
 from datamux_jax.layers import Array
 from datamux_jax.model import MultiplexedTransformer
 
+EMBED, MIX, BACKBONE, UNMIX = STAGES = ("embed", "mix", "backbone", "demux and head")
+WHOLE = "whole"  # The program of all stages.
 TRACED_CALLS = 3
 
 
@@ -52,10 +54,10 @@ def stages(network: Network, groups: int) -> dict[str, Callable[[], Any]]:
         calls[name] = lambda: compiled({"params": params}, *args)
         return calls[name]()
 
-    x = add("embed", embed, batch["inputs"])
-    x = x[:, 0] if model.mux is None else add("mix", mix, x, mask)
-    h = add("backbone", backbone, x, mask)
-    add("demux and head", unmix, h, mask)
+    x = add(EMBED, embed, batch["inputs"])
+    x = x[:, 0] if model.mux is None else add(MIX, mix, x, mask)
+    h = add(BACKBONE, backbone, x, mask)
+    add(UNMIX, unmix, h, mask)
     return calls
 
 

@@ -160,7 +160,7 @@ def agreement(other: Other, ours: Network, rows: int = 2) -> float:
     """
     placed = ours.prediction_batch(rows * jax.device_count())
     expected = np.asarray(ours.predictor(rows * jax.device_count()).forward(ours.run.params, placed))[:, 0]
-    got = other.forward(*(np.asarray(placed[name])[:, 0] for name in ("inputs", "mask")))
+    got = other.forward(*(np.array(placed[name])[:, 0] for name in ("inputs", "mask")))
     error = float(np.abs(got - expected).max())
     exact = other.entry.kind in ("torch", "onnx") and ours.run.config.dtype == "float32"
     if exact and not error <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
