@@ -23,10 +23,10 @@ from datamux_jax.errors import InputError, choose
 TORCH, ONNX = ("torch", "transformers"), ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 # Name -> what must be installed, and what it is.
 OTHERS = {
-    "torch": (TORCH, "Hugging Face BERT, PyTorch eager mode, float32"),
-    "torch-bf16": (TORCH, "Hugging Face BERT, PyTorch eager mode, bfloat16"),
-    "onnx": (ONNX, "the same, ONNX Runtime, float32"),
-    "onnx-int8": (ONNX, "the same, ONNX Runtime, int8 weights and dynamic quantisation"),
+    "torch": (TORCH, "Hugging Face BERT in PyTorch, eager mode, float32"),
+    "torch-bf16": (TORCH, "Hugging Face BERT in PyTorch, eager mode, bfloat16"),
+    "onnx": (ONNX, "Hugging Face BERT in ONNX Runtime, float32"),
+    "onnx-int8": (ONNX, "Hugging Face BERT in ONNX Runtime, int8 weights and dynamic quantisation"),
 }
 OURS = ("plain", *SMALL)
 TOLERANCE = 1e-3  # Of float32 logits of equal weights, beside 1.

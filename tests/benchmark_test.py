@@ -22,6 +22,7 @@ from datamux_jax import (
 from datamux_jax.benchmark_networks import Entry, Network, Timed, smaller, with_instances
 from datamux_jax.errors import InputError
 from tests.conftest import small_config, text_config
+from tests.launch_test import assert_refused, run
 
 SETTINGS = benchmark_run.Settings(scopes=("device", "end_to_end"), windows=2, seconds=0.0001, batches=1)
 ABOUT = {"title": "Small", "command": "python -m launch.benchmark", "results": []}
@@ -86,7 +87,7 @@ def test_the_files_have_every_window_and_where_it_was_measured(no_networks, tmp_
     assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "out" / "benchmark.md").read_text()
     assert "## Prediction, equal instances, end to end" in text
-    assert "| n2   | 2 | 90.0 ± 1.0" in text
+    assert "| n2  | 2 | 90.0 ± 1.0" in text
     with pytest.raises(InputError, match="holds a measurement, which is not overwritten"):
         benchmark_run.run([entry(1)], SETTINGS, tmp_path / "out", ABOUT)
 
@@ -228,6 +229,10 @@ def test_accuracies_are_read_from_runs_and_experiments(tmp_path):
     workdir.write_json(tmp_path / "other.json", {"loss": 1})
     with pytest.raises(InputError, match=r"other\.json holds no evaluation"):
         benchmark_report.read_results([str(tmp_path / "other.json")])
+
+
+def test_the_command_asks_for_what_it_needs(tmp_path):
+    assert_refused(run("benchmark", f"--output={tmp_path / 'out'}"), "Say what to measure: either --config=FILE")
 
 
 @pytest.mark.slow
