@@ -254,7 +254,7 @@ def test_contenders_compute_what_our_plain_network_computes(kind, task):
     np.testing.assert_allclose(timed.calls["end_to_end"]()[1], logits, atol=1e-5)
     if kind == "torch":
         plain = Network(dataclasses.replace(one, kind="own"), "predict")
-        other.forward = lambda inputs, mask: np.zeros((len(inputs), 2))
+        other.forward = lambda inputs, mask: np.float32(0)
         with pytest.raises(InputError, match="is not the same network"):
             contenders.agreement(other, plain)
 
@@ -283,3 +283,19 @@ def test_memory_of_a_process_of_its_own():
         found.append(benchmark_memory.in_own_process(benchmark_run.alone, fields, config, SETTINGS, groups))
     assert found[0]["peak_rss_bytes"] > found[0]["idle_rss_bytes"] > 2**20
     assert found[1]["peak_rss_bytes"] > found[0]["peak_rss_bytes"] + 2**24
+
+
+@pytest.mark.slow
+def test_trained_runs_are_measured_with_their_accuracy(digits_run, tmp_path):
+    evaluated = run("evaluate", f"--workdir={digits_run}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    flags = [f"--workdir={digits_run}", f"--results={digits_run / 'metrics.json'}", f"--output={tmp_path / 'out'}"]
+    done = run("benchmark", *flags, "--scope=device,end_to_end", "--contenders=plain", f"--profile={tmp_path / 'trace'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    saved = workdir.read_json(tmp_path / "out" / "benchmark.json")
+    assert [row["name"] for row in saved["rows"]] == ["n2"] * 4 + ["plain"] * 4
+    assert saved["reference"] == "plain"
+    assert saved["results"][0]["value"] == workdir.read_json(digits_run / "metrics.json")["accuracy"]
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert "accuracy, times 100" in done.stdout
