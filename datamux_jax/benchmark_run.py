@@ -183,12 +183,7 @@ def run(entries: Sequence[Entry], settings: Settings, output: Path, about: dict[
         one, error = built(entry, settings)
         if isinstance(one, Network):
             networks[entry.name] = one
-        contents["networks"][entry.name] = {
-            "kind": entry.kind,
-            "what": contenders.OTHERS[entry.kind][1] if entry.kind in contenders.OTHERS else "",
-            "largest_difference_of_logits": error,
-            "config": workdir.plain(entry.config),
-        }
+        contents["networks"][entry.name] = _about(entry, error)
         for balance in settings.balances:
             groups = groups_of(entries, balance, settings)[entry.name]
             timed[entry.name, balance] = one.timed(groups, settings.batches)
@@ -199,13 +194,22 @@ def run(entries: Sequence[Entry], settings: Settings, output: Path, about: dict[
     if settings.breakdown:
         _measure_stages(entries, contents, timed, networks, settings)
     if settings.profile:
-        chosen = {f"{name}, equal {balance}": one.calls["device"] for (name, balance), one in timed.items() if name in networks}
-        breakdown.trace(settings.profile, chosen)
+        ours = {f"{name}, equal {kind}": one.calls["device"] for (name, kind), one in timed.items() if name in networks}
+        breakdown.trace(settings.profile, ours)
     contents["machine"]["load_after"] = benchmark_report.load()
     contents["complete"] = True
     write()
     benchmark_report.write(output, contents)
     return contents
+
+
+def _about(entry: Entry, error: float | None) -> dict[str, Any]:
+    return {
+        "kind": entry.kind,
+        "what": contenders.OTHERS[entry.kind][1] if entry.kind in contenders.OTHERS else "",
+        "largest_difference_of_logits": error,
+        "config": workdir.plain(entry.config),
+    }
 
 
 def _memory(entries: Sequence[Entry], settings: Settings) -> dict[tuple[str, str], dict[str, int]]:
