@@ -13,15 +13,15 @@ from datamux_jax.benchmark_networks import Network
 from datamux_jax.layers import Array
 from datamux_jax.model import MultiplexedTransformer
 
-EMBED, MIX, BACKBONE, UNMIX = STAGES = ("embed", "mix", "backbone", "demux and head")
+EMBED, BACKBONE, UNMIX = STAGES = ("embed and mix", "backbone", "demux and head")
 WHOLE = "whole"  # The program of all stages.
 TRACED_CALLS = 3
 
 
 def stages(network: Network, groups: int) -> dict[str, Callable[[], Any]]:
-    """Embedding, mixing, backbone and unmixing with the head, each compiled by itself, on what the stage before gives.
+    """Embedding with mixing, backbone, and unmixing with the head, each compiled by itself, on what the stage before gives.
 
-    The whole program is faster than their sum where the compiler merges stages. The plain network has no mixing.
+    The whole program is faster than their sum where the compiler merges stages.
 
     Returns:
       Stage -> function without arguments that returns device arrays; the last one returns the logits.
@@ -30,19 +30,13 @@ def stages(network: Network, groups: int) -> dict[str, Callable[[], Any]]:
     batch = network.prediction_batch(groups)
     mask = batch["mask"]
 
-    def embed(m: MultiplexedTransformer, inputs: Array) -> Array:
-        return m.embeddings(m.feed(inputs))
-
-    def fed_mask(m: MultiplexedTransformer, mask_BxNxL: Array) -> Array:
-        return mask_BxNxL if m.demux is None else m.demux.prefix_mask(mask_BxNxL)
-
-    def mix(m: MultiplexedTransformer, x: Array, mask_BxNxL: Array) -> Array:
-        assert m.mux is not None
-        return m.embeddings.refine(m.mux(x, fed_mask(m, mask_BxNxL), False))
+    def embed(m: MultiplexedTransformer, inputs: Array, mask_BxNxL: Array) -> Array:
+        fed = m.feed(inputs)
+        return m.embeddings(fed[:, 0]) if m.mux is None else m.embeddings.refine(m.mix(fed, m.fed_mask(mask_BxNxL)))
 
     def backbone(m: MultiplexedTransformer, x: Array, mask_BxNxL: Array) -> Array:
         everywhere = m.mux is not None and (m.attend_padding or not m.vocab_size)
-        return m.backbone(x, None if everywhere else fed_mask(m, mask_BxNxL).max(axis=1), False)
+        return m.backbone(x, None if everywhere else m.fed_mask(mask_BxNxL).max(axis=1), False)
 
     def unmix(m: MultiplexedTransformer, h: Array, mask_BxNxL: Array) -> Array:
         return m.tag(h) if objective == "tagging" else m.classify(h, mask_BxNxL)
@@ -54,8 +48,7 @@ def stages(network: Network, groups: int) -> dict[str, Callable[[], Any]]:
         calls[name] = lambda: compiled({"params": params}, *args)
         return calls[name]()
 
-    x = add(EMBED, embed, batch["inputs"])
-    x = x[:, 0] if model.mux is None else add(MIX, mix, x, mask)
+    x = add(EMBED, embed, batch["inputs"], mask)
     h = add(BACKBONE, backbone, x, mask)
     add(UNMIX, unmix, h, mask)
     return calls
