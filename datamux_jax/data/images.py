@@ -140,10 +140,10 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 def _of_tfds(name: str, folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Grey images and labels of the splits `train` and `test` of TensorFlow Datasets."""
     builder = tfds_text.open_builder(name, folder)
-    shape = getattr(builder.info.features.get("image"), "shape", None)
-    if shape is None or len(shape) != 3 or shape[-1] != 1 or "label" not in builder.info.features:
+    features = builder.info.features
+    if "label" not in features or "image" not in features or features["image"].shape[2:] != (1,):
         raise InputError(
-            f"data.name = {name!r} has no grey images with labels; its features are {', '.join(builder.info.features)}. Name a data "
+            f"data.name = {name!r} has no grey images with labels; its features are {', '.join(features)}. Name a data "
             "set like mnist, fashion_mnist, kmnist or emnist."
         )
     raw = {}
