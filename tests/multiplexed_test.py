@@ -1,6 +1,7 @@
 """`Multiplexed` around any Flax module, and groups of flat batches."""
 
 import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -235,14 +236,6 @@ def test_groups_of_nothing_and_other_counts_are_refused():
             )
 
 
-class SmallConv(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(32, (3, 3))(x[..., None]))
-        x = nn.relu(nn.Conv(32, (3, 3), strides=2)(x))
-        return nn.relu(nn.Dense(128)(x.reshape(len(x), -1)))
-
-
 class MLPMixer(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -263,7 +256,15 @@ class GRU(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", [SmallConv(), MLPMixer(), GRU()], ids=lambda module: type(module).__name__)
+def test_the_page_about_your_own_network_runs_and_its_convolutional_net_learns():
+    page = (Path(__file__).parents[1] / "docs" / "your_own_network.md").read_text(encoding="utf-8")
+    names = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    assert names["accuracy"] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", [MLPMixer(), GRU()], ids=lambda module: type(module).__name__)
 def test_networks_that_it_has_never_seen_learn_two_digits_at_once(backbone):
     source = digits()
     train, test = source.split("train"), source.split("test")
