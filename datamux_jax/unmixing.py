@@ -82,8 +82,8 @@ class Keys(nn.Module):
         spec = Spec(width, 0, 1, 0, dropout_rate=0.0, layer_norm_eps=1e-6, init_stddev=0.0, dtype=h.dtype.name)
         rsa = RSA(spec, self.num_instances, num_layers=self.num_layers, form=self.form, name="rsa")
         # Its rows of positions are whatever axes there are.
-        z_BxNxPxD = rsa(h.reshape(len(h), math.prod(h.shape[1:-1]), width))
-        return z_BxNxPxD.reshape(len(h), self.num_instances, *h.shape[1:])
+        z_BxNxPxD = rsa(h.reshape(h.shape[0], math.prod(h.shape[1:-1]), width))
+        return z_BxNxPxD.reshape(h.shape[0], self.num_instances, *h.shape[1:])
 
 
 def check_rank(demux: nn.Module, h: Array) -> None:

@@ -12,7 +12,7 @@ from scipy.signal import correlate2d
 
 import datamux_jax
 from configs import vision
-from datamux_jax import convert, experiment, image_mixing, losses, optimizer
+from datamux_jax import convert, experiment, export, image_mixing, losses, optimizer
 from datamux_jax.backbones.vision import MLP, LeNet, halved
 from datamux_jax.build import count_params
 from datamux_jax.config import validate
@@ -323,6 +323,9 @@ def test_a_run_is_trained_evaluated_measured_and_used(finished):
     np.testing.assert_allclose(predictor.logits(images.fitted(eight, 20)), predictor.logits(eight), atol=1e-5)
     assert predictor.probabilities(np.pad(twenty, ((0, 0), (4, 4), (4, 4)))).shape == (3, 10)
     assert np.abs(predictor.logits(twenty)).max() < 1  # tanh
+    export.export_run(finished / "n2", finished / "exported", ("cpu",))
+    exported = datamux_jax.load_exported(finished / "exported")
+    np.testing.assert_allclose(exported.logits(eight), predictor.logits(eight), atol=1e-5)
     with pytest.raises(InputError, match="reads feature vectors; the published code reads tokens only"):
         convert.export_run(finished / "n2", finished / "hf")
 

@@ -70,7 +70,7 @@ class LeNet(nn.Module):
             )
         x = halved(nn.tanh(convolution(x, self.first, 3, "conv_1")(x)))
         x = halved(nn.tanh(convolution(x, 16, 4, "conv_2")(x)))
-        x = nn.tanh(convolution(x, 120, 3, "conv_3")(x)).reshape(len(x), -1)
+        x = nn.tanh(convolution(x, 120, 3, "conv_3")(x)).reshape(x.shape[0], -1)
         return nn.tanh(dense(x, 84, "dense")(x))
 
 
@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for layer in range(1, self.depth + 1):
             x = nn.tanh(dense(x, self.width, f"dense_{layer}")(x))
         return x
