@@ -25,6 +25,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.seed = 0  # Of initialisation, data order, dropout and everything else that is drawn.
     # "classification", "regression" or "tagging"; "retrieval", the token-retrieval warm-up; "mlm" or "electra", pre-training.
     c.objective = "classification"
+    # "classification": "cross_entropy"; or "squared", DataMUX's loss for images: targets +-1, tanh on the outputs of "lenet" and "mlp".
+    c.task_loss = "cross_entropy"
     c.num_instances = 1  # N, instances mixed into one row.
     c.batch_groups = 64  # B, mixed rows a step, all devices together; B * N examples a step.
     c.steps = 2000  # Updates in all.
@@ -56,13 +58,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.distill.temperature = 2.0  # T by which logits are divided; regression has none.
 
     c.data = ml_collections.ConfigDict()
-    # Examples with labels (datamux_jax/data/sources.py): "digits"; "cldr", language identification; "glue"; "tagging"; "table",
-    # columns of a TSV, CSV, JSON lines or Parquet file. Running text for pre-training (datamux_jax/data/corpus.py): "files" or "tfds".
+    # Examples with labels (datamux_jax/data/sources.py): "digits"; "mnist", or what comes in its format; "cldr",
+    # language identification; "glue"; "tagging"; "table", columns of a TSV, CSV, JSON lines or Parquet file.
+    # Running text for pre-training (datamux_jax/data/corpus.py): "files" or "tfds".
     c.data.source = "digits"
-    # "glue" and "tagging": a folder with the data set's files, or the data_dir of TensorFlow Datasets, or "" for its default one;
-    # "tfds": that too. "files": a file, a folder or a pattern (books/*.txt).
+    # "glue", "tagging" and "mnist": a folder with the data set's files, or the data_dir of TensorFlow Datasets, or "" for its default
+    # one; "tfds": that too. "files": a file, a folder or a pattern (books/*.txt).
     c.data.path = ""
-    # "glue": the task (datamux_jax/data/glue.py); "tagging": "ewt" or "conll2003", or "" for other files; "tfds": the data set, such as
+    # "glue": the task (datamux_jax/data/glue.py); "tagging": "ewt" or "conll2003", or "" for other files; "mnist":
+    # the data set of TensorFlow Datasets, "" for mnist; "tfds": the data set, such as
     # "wikipedia/20230601.en", "wiki40b/en", "lm1b" or "c4/en".
     c.data.name = ""
     c.data.train_file = ""  # "table" and "tagging": the file of the split "train",
@@ -77,6 +81,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.data.text_pair = ""  # "table": the column of second texts; "": there are none.
     # "table": the column of the labels; "tagging": the number of their column, "" for the last; in CoNLL-U "upos" (also "") or "xpos".
     c.data.label = ""
+    c.data.validation_examples = 0  # "digits" and "mnist": the last so many training images are the split "validation".
+    # "digits" and "mnist": pixels of a side; larger images are cut about the middle, smaller ones enlarged. 0: as they are. Rows of
+    # pixels are positions of the encoder.
+    c.data.image_size = 0
     c.data.numbers = False  # "table": labels are numbers, for regression, and not classes.
     c.data.text_key = "text"  # "tfds": the feature that holds the text.
     c.data.document = "paragraph"  # "files": what a document is; paragraphs end at an empty line. Or "line", or "file".
@@ -95,6 +103,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.data.cache = ""  # Folder of tokenised running text; "": $DATAMUX_CACHE, else ~/.cache/datamux_jax.
 
     c.model = ml_collections.ConfigDict()
+    # "encoder", the Transformer; or for images "lenet" or "mlp" (datamux_jax/backbones/vision.py). Of this section "mlp" reads
+    # hidden_size and num_layers, "lenet" nothing.
     c.model.backbone = "encoder"
     # "bert", "roberta" or "electra": positions, special tokens and heads (datamux_jax/families.py). configs/models.py has the sizes.
     c.model.family = "bert"
@@ -113,7 +123,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.model.pool = "mean"  # What classification reads: "first", "mean" or "demuxed_mean" (datamux_jax/model.py).
 
     c.mux = ml_collections.ConfigDict()
-    # Or "gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank", "contextual", "gaussian_attention".
+    # Or "gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank", "contextual", "gaussian_attention". For
+    # "lenet" and "mlp": the first four, on the whole image, or "gaussian", "learnable", "identity", "graded", "orthogonal",
+    # "learnable_matrix", "nonlinear", "nonlinear_expand", "rotation", "remap" (datamux_jax/image_mixing.py).
     c.mux.name = "none"
     c.mux.norm = 0.0  # L2 norm of the instance vectors; 0: sqrt(E), unit variance. Published code: 1, in warm-up 20.
     c.mux.epsilon = 0.0  # Overlap of neighbouring chunks of "binary_hadamard", in chunks.
@@ -121,7 +133,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.mux.attend_padding = False  # Attention sees positions where all instances are padding; published networks: True.
 
     c.demux = ml_collections.ConfigDict()
-    c.demux.name = "none"  # Or "rsa", "index", "mlp".
+    c.demux.name = "none"  # Or "rsa", "index", "mlp"; for "lenet" and "mlp": "mlp", layers of each instance's own, or "rsa".
     c.demux.num_layers = 2  # K of "rsa", dense layers before the last one.
     c.demux.form = "paper"  # Of "rsa": LayerNorm after every layer; "bert" or "electra": as the published code of that family.
     c.demux.prefix = "extend"  # Of "index": the prefix makes rows longer; "cut": it takes the place of the last tokens.
@@ -135,12 +147,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.generator.embedding_size = 0  # 0: that of the model. Equal sizes share the embeddings.
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.update_rule = (
-        "adamw"  # Or "published": AdamW as the published code has it, epsilon beside the uncorrected moment.
-    )
+    # Or "published": AdamW as the published code has it, epsilon beside the uncorrected moment; or "sgd".
+    c.optimizer.update_rule = "adamw"
     c.optimizer.learning_rate = 1e-3  # Peak.
     c.optimizer.schedule = "cosine"  # After the warm-up: "constant", "linear" or "cosine", down to 0 at the last step.
     c.optimizer.warmup_steps = 100
+    c.optimizer.momentum = 0.0  # Of "sgd".
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8

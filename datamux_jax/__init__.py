@@ -5,15 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from datamux_jax.errors import InputError
+from datamux_jax.grouping import group, ungroup
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from datamux_jax.exported import ExportedPredictor
+    from datamux_jax.multiplexed import Multiplexed
     from datamux_jax.predict import Predictor
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "__version__", "load", "load_exported"]
+__all__ = ["InputError", "Multiplexed", "__version__", "group", "load", "load_exported", "ungroup"]
+
+
+def __getattr__(name: str) -> type[Multiplexed]:
+    if name == "Multiplexed":
+        from datamux_jax import multiplexed  # Imports jax and all; `import datamux_jax` alone stays quick.
+
+        return multiplexed.Multiplexed
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(path: str | Path) -> Predictor:
@@ -28,7 +38,7 @@ def load(path: str | Path) -> Predictor:
     Raises:
       InputError: no such run, no checkpoint yet, or a run without a trained classifier.
     """
-    from datamux_jax import predict  # Imports jax and all; `import datamux_jax` alone stays quick.
+    from datamux_jax import predict  # Imports jax and all, too.
 
     return predict.load(path)
 

@@ -13,7 +13,7 @@ from datamux_jax.demux import DEMUX
 from datamux_jax.errors import InputError, choose
 from datamux_jax.families import FAMILIES, SpecialTokens, head_form, retrieval_start
 from datamux_jax.layers import Array, Spec
-from datamux_jax.model import POOLS, MultiplexedTransformer
+from datamux_jax.model import POOLS, MultiplexedTransformer, Network
 from datamux_jax.mux import MUX
 
 # The head that an objective trains beside the vocabulary head.
@@ -127,7 +127,7 @@ def spec_of(config: Any) -> Spec:
     )
 
 
-def build_generator(config: Any, model: MultiplexedTransformer) -> MultiplexedTransformer | None:
+def build_generator(config: Any, model: Network) -> MultiplexedTransformer | None:
     """ELECTRA's generator for the discriminator `model`: plain, muxed, or None (uniform random tokens).
 
     A plain generator runs on every instance by itself; a muxed one mixes them in the same way as the discriminator.
@@ -135,6 +135,7 @@ def build_generator(config: Any, model: MultiplexedTransformer) -> MultiplexedTr
     g = config.generator
     if config.objective != "electra" or g.kind == "uniform":
         return None
+    assert isinstance(model, MultiplexedTransformer), "validate() refuses others"
     spec = dataclasses.replace(
         model.spec,
         hidden_size=g.hidden_size,
@@ -161,13 +162,13 @@ def build_generator(config: Any, model: MultiplexedTransformer) -> MultiplexedTr
     )
 
 
-def shares_embeddings(model: MultiplexedTransformer, generator: MultiplexedTransformer) -> bool:
+def shares_embeddings(model: Network, generator: MultiplexedTransformer) -> bool:
     """Generator and discriminator share the whole embedding module exactly when it has the same width (MUX-PLMs, released)."""
     return model.spec.width == generator.spec.width
 
 
 def init_params(
-    model: MultiplexedTransformer,
+    model: Network,
     key: Array,
     inputs_shape: tuple[int, ...],
     inputs_dtype: Any,

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from datamux_jax import classifier
+from datamux_jax.backbones import BACKBONES
 from datamux_jax.backbones.encoder import REMAT
+from datamux_jax.backbones.vision import VISION
 from datamux_jax.demux import DEMUX, RSA_FORMS
 from datamux_jax.errors import InputError, choose
 from datamux_jax.families import FAMILIES
-from datamux_jax.losses import TASK_LOSSES
+from datamux_jax.losses import CLASSIFICATION_LOSSES, TASK_LOSSES
 from datamux_jax.model import POOLS
 from datamux_jax.mux import MUX
 from datamux_jax.objectives import OBJECTIVES
 from datamux_jax.optimizer import SCHEDULES, UPDATE_RULES
+from datamux_jax.unmixing import UNMIXING
 
 DTYPES = ("float32", "bfloat16")
 GENERATORS = ("uniform", "plain", "muxed")
@@ -27,9 +31,15 @@ def validate(config: Any) -> None:
       InputError: names the key, its value, the rule and the way out.
     """
     _numbers(config)
+    images = choose({**BACKBONES, **VISION}, config.model.backbone, "The backbone model.backbone =") in VISION
+    mixers = {"none", *(classifier.MIXERS if images else MUX)}
+    unmixers = {"none", *(UNMIXING if images else DEMUX)}
+    if images:
+        classifier.check(config)
     for table, key in (
-        (MUX, "mux.name"),
-        (DEMUX, "demux.name"),
+        (mixers, "mux.name"),
+        (unmixers, "demux.name"),
+        (CLASSIFICATION_LOSSES, "task_loss"),
         (RSA_FORMS, "demux.form"),
         (PREFIXES, "demux.prefix"),
         (FAMILIES, "model.family"),
@@ -52,9 +62,14 @@ def validate(config: Any) -> None:
     if plain and config.num_instances != 1:
         raise InputError(
             f"mux.name = 'none' is the plain network for one instance, but num_instances = {config.num_instances}. Choose a "
-            f"multiplexer ({', '.join(sorted(set(MUX) - {'none'}))}), or set num_instances = 1."
+            f"multiplexer ({', '.join(sorted(set(mixers) - {'none'}))}), or set num_instances = 1."
         )
-    if config.model.hidden_size % config.model.num_heads:
+    if config.task_loss != "cross_entropy" and config.objective != "classification":
+        raise InputError(
+            f"task_loss = {config.task_loss!r} is a loss of classification, but objective = {config.objective!r}. Leave it "
+            "'cross_entropy'."
+        )
+    if not images and config.model.hidden_size % config.model.num_heads:
         raise InputError(
             f"model.hidden_size = {config.model.hidden_size} is not divisible by model.num_heads = {config.model.num_heads}. "
             "Every head takes an equal share of the width."
@@ -64,8 +79,10 @@ def validate(config: Any) -> None:
             f"demux.form = 'bert' uses two layers for retrieval, but demux.num_layers = {config.demux.num_layers}. Set 2 or more, "
             "or use the form 'paper'."
         )
-    if config.mux.name in ("binary_hadamard", "random_ortho_low_rank") and config.num_instances > (
-        config.model.embedding_size or config.model.hidden_size
+    if (
+        not images
+        and config.mux.name in ("binary_hadamard", "random_ortho_low_rank")
+        and config.num_instances > (config.model.embedding_size or config.model.hidden_size)
     ):
         raise InputError(
             f"mux.name = {config.mux.name!r} gives each of num_instances = {config.num_instances} a chunk of the embedding, which is "
@@ -113,10 +130,18 @@ NOT_NEGATIVE = (
     *("seed", "data.length", "mux.norm", "retrieval_loss_coeff", "task_loss_coeff"),
     *("model.embedding_size", "model.init_stddev", "model.type_vocab_size", "model.max_positions"),
     *("mux.epsilon", "generator.embedding_size", "generator_loss_coeff", "discriminator_loss_coeff"),
-    *("checkpoint.keep_best", "eval.every", "eval.examples", "data.validation_share"),
+    *("checkpoint.keep_best", "eval.every", "eval.examples", "data.validation_share", "data.validation_examples"),
+    "data.image_size",
     *("optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.grad_clip"),
 )
-BELOW_ONE = ("model.dropout_rate", "model.attention_dropout_rate", "optimizer.b1", "optimizer.b2", "mask_rate")
+BELOW_ONE = (
+    "model.dropout_rate",
+    "model.attention_dropout_rate",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.momentum",
+    "mask_rate",
+)
 
 
 def _numbers(config: Any) -> None:

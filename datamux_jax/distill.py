@@ -202,7 +202,7 @@ def _outputs(plan: Plan, teacher: Run) -> np.ndarray:
 
 def _output_step(teacher: Run) -> scoring.Step:
     """As `scoring.scoring_step`, but of tagging too the logits come out, and nothing is measured."""
-    task = losses.TASK_LOSSES[teacher.config.objective]
+    task = losses.task_loss(teacher.config)
 
     def step(params: Any, batch: Any, key: jax.Array) -> Any:
         del key

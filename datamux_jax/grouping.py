@@ -1,4 +1,4 @@
-"""Who shares a mixed row in prediction, and how long rows are. Pure numpy.
+"""Groups of a flat batch; who shares a mixed row in prediction, and how long rows are. Pure numpy.
 
 A mixed row is as long as its longest instance, so inputs of similar length stand together, and rows are cut to the smallest of a
 few lengths (buckets) that holds them: few shapes to compile, little padding to compute. Inside of a bucket the order stays: companions
@@ -8,7 +8,7 @@ of exactly the same length would save nothing, and interfere more than the mixed
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,41 @@ class Batch(NamedTuple):
     rows: np.ndarray
     real: np.ndarray
     length: int
+
+
+def group(x: Any, instances: int) -> Any:
+    """A flat batch `[n, ...]` as groups `[ceil(n / N), N, ...]`: input `i` sits in slot `i % N` of group `i // N`.
+
+    What is missing in the last group are copies of the first inputs, which are mixed like any others; `ungroup` drops their outputs.
+
+    Args:
+      x: an array of numpy or JAX.
+      instances: `N`.
+
+    Raises:
+      InputError: `N` is below 1, or there is nothing to fill a group with.
+    """
+    if instances < 1 or not x.ndim or not len(x):
+        raise InputError(
+            f"An array of shape {list(x.shape)} makes no groups of {instances} instances. Give a flat batch [n, ...] with at least one "
+            "input, and at least one instance a group."
+        )
+    index = np.arange(-(-len(x) // instances) * instances) % len(x)
+    return x[index.reshape(-1, instances)]
+
+
+def ungroup(y: Any, count: int) -> Any:
+    """The outputs `[groups, N, ...]` of what `group` made of `count` inputs, as `[count, ...]` in their order.
+
+    Raises:
+      InputError: `count` is not the number of inputs that fill so many groups.
+    """
+    if y.ndim < 2 or not (len(y) - 1) * y.shape[1] < count <= len(y) * y.shape[1]:
+        raise InputError(
+            f"Outputs of shape {list(y.shape)} are not those of count = {count} inputs. Give the outputs [groups, N, ...] of all "
+            "groups, and the length of the flat batch that was grouped."
+        )
+    return y.reshape(-1, *y.shape[2:])[:count]
 
 
 def bucket_lengths(length: int) -> tuple[int, ...]:

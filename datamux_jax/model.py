@@ -29,7 +29,24 @@ POOLS = {
 }
 
 
-class MultiplexedTransformer(nn.Module):
+class Network(nn.Module):
+    """What training, evaluation, prediction and benchmarks ask of a network, whatever it computes."""
+
+    @property
+    def cut(self) -> int:
+        """Positions that an index prefix takes from the end of every row."""
+        return 0
+
+    def encode(self, inputs: Array, mask_BxNxL: Array, train: bool = False) -> Array:
+        """States of the mixed inputs `[B, N, L]` or `[B, N, L, F]`; the first axis is that of the groups."""
+        raise NotImplementedError
+
+    def classify(self, h: Array, mask_BxNxL: Array, train: bool = False) -> Array:
+        """Class logits of every instance: `[B, N, C]`, float32."""
+        raise NotImplementedError
+
+
+class MultiplexedTransformer(Network):
     """A Transformer over `N` mixed token (or feature) sequences, with the heads that an objective needs.
 
     `L` is the length of the inputs, `L'` that of the rows that the network is fed: an index prefix makes them longer.
@@ -101,6 +118,10 @@ class MultiplexedTransformer(nn.Module):
         if self.vocabulary_head:
             out["retrieved"] = self.retrieve(h, jnp.zeros(h.shape[:2], jnp.int32), train)
         return out
+
+    @property
+    def cut(self) -> int:
+        return self.demux.offset if self.demux is not None and self.demux.cut else 0
 
     @property
     def offset(self) -> int:

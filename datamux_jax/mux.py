@@ -61,19 +61,21 @@ def orthogonal_matrices(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = j
     return jax.random.orthogonal(key, shape[-1], shape[:1], dtype)
 
 
+def rotation(key: Array, features: int, dtype: jnp.dtype = jnp.float32) -> Array:
+    """A Haar-random matrix of SO(`features`)."""
+    q = jax.random.orthogonal(key, features, (), dtype)
+    return q.at[:, 0].multiply(jnp.linalg.slogdet(q)[0])
+
+
 def low_rank_matrices(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
     """Initialiser: `W_i = U H_i^T`, where `H_i` keeps block `i` of the columns of `H`, `E // N` wide; `U`, `H` Haar-random in SO(E).
 
     The instances' transformed embeddings then lie in subspaces of which none shares a direction of the input with another.
     """
 
-    def rotation(key: Array) -> Array:
-        q = jax.random.orthogonal(key, features, (), dtype)
-        return q.at[:, 0].multiply(jnp.linalg.slogdet(q)[0])
-
     instances, features = shape[:2]
     chunk = features // instances
-    u, h = (rotation(k) for k in jax.random.split(key))
+    u, h = (rotation(k, features, dtype) for k in jax.random.split(key))
     kept = jnp.arange(features) // chunk == jnp.arange(instances)[:, None]
     return jnp.einsum("ab,cb,nb->nac", u, h, kept.astype(dtype))
 
@@ -108,7 +110,7 @@ class Multiplexer(nn.Module):
         return self.instance_embedding(gaussian_vectors(self.norm), self.spec.width)
 
 
-def transform(phi: Callable[[Array, Array], Array], parameters: Array, x_BxNxLxE: Array) -> Array:
+def transform(phi: Callable[[Any, Array], Array], parameters: Any, x_BxNxLxE: Array) -> Array:
     """`phi(parameter of an instance, x_LxE)` mapped over instances, then groups: `[B, N, L, E]`."""
     over_instances = jax.vmap(phi)
     return jax.vmap(over_instances, in_axes=(None, 0))(parameters, x_BxNxLxE)

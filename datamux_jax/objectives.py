@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from datamux_jax import corruption, losses
 from datamux_jax.layers import Array
 from datamux_jax.losses import Batch, Sums, Totals, dropout_stream
-from datamux_jax.model import MultiplexedTransformer, call
+from datamux_jax.model import MultiplexedTransformer, Network, call
 
 Rngs = Mapping[str, Array]
 
@@ -46,7 +46,7 @@ def retrieval(model: MultiplexedTransformer, config: Any, generator: Any = None)
     return objective
 
 
-def auxiliary_retrieval(model: MultiplexedTransformer, config: Any, *, pads_count: bool = False) -> Callable[..., Sums]:
+def auxiliary_retrieval(model: Network, config: Any, *, pads_count: bool = False) -> Callable[..., Sums]:
     """A function of `(inputs, params, h, keys, rngs, train)`: the sums of retrieval of the given inputs beside a task.
 
     With a coefficient of 0 there are none, and vocabulary logits are never built.
@@ -55,6 +55,7 @@ def auxiliary_retrieval(model: MultiplexedTransformer, config: Any, *, pads_coun
     def sums(inputs: Array, params: Any, h: Array, keys_B: Array, rngs: Rngs, train: bool) -> Sums:
         if not config.retrieval_loss_coeff:
             return {}
+        assert isinstance(model, MultiplexedTransformer), "validate() refuses others"
         drawn = losses.draw_retrieval(model, keys_B, model.feed(inputs), config.retrieval_percentage, pads_count=pads_count)
         return losses.retrieval_loss(model, params, h, drawn, rngs, train)
 
@@ -76,25 +77,22 @@ def weighted(config: Any, sums: Sums, task: str, retrieval: str, totals: Totals 
     return loss
 
 
-def fine_tuning(task_loss: Callable[..., tuple[Sums, Array]]) -> Callable[..., Objective]:
+def fine_tuning(model: Network, config: Any, generator: Any = None) -> Objective:
     """`task_loss_coeff * task + retrieval_loss_coeff * retrieval` (DataMUX: 0.9 and 0.1); the task's loss may have a teacher."""
+    del generator
+    task_loss = losses.task_loss(config)
+    retrieve = auxiliary_retrieval(model, config)
 
-    def build(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Objective:
-        del generator
-        retrieve = auxiliary_retrieval(model, config)
+    def objective(params: Any, batch: Batch, rngs: Rngs, train: bool, totals: Totals | None = None) -> tuple[Array, Sums]:
+        h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=dropout_stream(rngs, 0))
+        sums, outputs = task_loss(model, params, h, batch, rngs, train)
+        if config.distill.teacher:
+            sums |= losses.distillation_loss(outputs, batch, config.distill.temperature)
+        keys = corruption.group_keys(rngs["corruption"], len(batch["inputs"]))
+        sums |= retrieve(batch["inputs"], params, h, keys, rngs, train)
+        return _with_loss(weighted(config, sums, "task_loss", "retrieval_loss", totals), sums, batch, totals)
 
-        def objective(params: Any, batch: Batch, rngs: Rngs, train: bool, totals: Totals | None = None) -> tuple[Array, Sums]:
-            h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=dropout_stream(rngs, 0))
-            sums, outputs = task_loss(model, params, h, batch, rngs, train)
-            if config.distill.teacher:
-                sums |= losses.distillation_loss(outputs, batch, config.distill.temperature)
-            keys = corruption.group_keys(rngs["corruption"], len(batch["inputs"]))
-            sums |= retrieve(batch["inputs"], params, h, keys, rngs, train)
-            return _with_loss(weighted(config, sums, "task_loss", "retrieval_loss", totals), sums, batch, totals)
-
-        return objective
-
-    return build
+    return objective
 
 
 def mlm(model: MultiplexedTransformer, config: Any, generator: Any = None) -> Objective:
@@ -211,7 +209,7 @@ def _generate(
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "retrieval": retrieval,
-    **{name: fine_tuning(task_loss) for name, task_loss in losses.TASK_LOSSES.items()},
+    **dict.fromkeys(losses.TASK_LOSSES, fine_tuning),
     "mlm": mlm,
     "electra": electra,
 }

@@ -1,4 +1,4 @@
-"""Schedules, and AdamW with decay and freeze masks, as optax has it or as the published code has it."""
+"""Schedules, and update rules with decay and freeze masks: AdamW, as optax has it or as the published code has it, and SGD."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import optax
 from datamux_jax.errors import choose
 
 SCHEDULES = ("constant", "linear", "cosine")
-UPDATE_RULES = ("adamw", "published")
+UPDATE_RULES = ("adamw", "published", "sgd")
 
 
 def schedule(config: Any) -> optax.Schedule:
@@ -49,13 +49,17 @@ def norm(gradients: Any, learn_mux: bool) -> jax.Array:
 
 
 def make(config: Any) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; frozen leaves get no update and no moments.
+    """Global-norm clipping, then the update rule; frozen leaves get no update and no moments.
 
     Works on parameter trees with and without logical-axis boxes.
     """
     opt = config.optimizer
     parts = [optax.clip_by_global_norm(opt.grad_clip)] if opt.grad_clip else []
-    if choose(UPDATE_RULES, opt.update_rule, "The update rule optimizer.update_rule =") == "adamw":
+    rule = choose(UPDATE_RULES, opt.update_rule, "The update rule optimizer.update_rule =")
+    if rule == "sgd":  # Decay is part of the gradient here, as in torch.
+        parts += [optax.add_decayed_weights(opt.weight_decay, decayed)] if opt.weight_decay else []
+        parts.append(optax.sgd(schedule(config), opt.momentum or None))
+    elif rule == "adamw":
         parts.append(optax.adamw(schedule(config), opt.b1, opt.b2, opt.eps, weight_decay=opt.weight_decay, mask=decayed))
     else:
         parts.append(published_adamw(schedule(config), opt.b1, opt.b2, opt.eps, weight_decay=opt.weight_decay))
@@ -100,7 +104,7 @@ def published_adamw(
 
 
 def _decays(path: Sequence[str]) -> bool:
-    return path[-1] != "bias" and not any("norm" in part for part in path)
+    return not path[-1].endswith("bias") and not any("norm" in part for part in path)
 
 
 def _by_path(params: Any, rule: Any) -> Any:

@@ -14,18 +14,22 @@ import jax
 import numpy as np
 
 from datamux_jax import flops, losses, optimizer, saved, scoring, sharding, task_metrics
+from datamux_jax.backbones.vision import VISION
 from datamux_jax.build import build, build_generator
+from datamux_jax.classifier import build_classifier
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
 from datamux_jax.metrics_log import check_boards
-from datamux_jax.model import MultiplexedTransformer
+from datamux_jax.model import MultiplexedTransformer, Network
 from datamux_jax.objectives import OBJECTIVES, Objective
 from datamux_jax.step import TrainState, make_step, placed, state_maker
 
 
-def build_model(config: Any, fmt: pipeline.Format) -> MultiplexedTransformer:
+def build_model(config: Any, fmt: pipeline.Format) -> Network:
     """The network of `config` for data of the format `fmt`."""
+    if config.model.backbone in VISION:
+        return build_classifier(config, num_classes=len(fmt.label_names))
     return build(config, num_classes=len(fmt.label_names), vocab_size=fmt.vocab_size, max_length=fmt.length, tokens=fmt.tokens)
 
 
@@ -36,7 +40,7 @@ class Plan:
     config: Any
     mesh: jax.sharding.Mesh
     format: pipeline.Format
-    model: MultiplexedTransformer
+    model: Network
     generator: MultiplexedTransformer | None
     tx: Any
     make: Callable[[jax.Array], TrainState]
@@ -181,7 +185,12 @@ def assemble(config: Any, fmt: pipeline.Format, mesh: jax.sharding.Mesh) -> Plan
 
 
 def _check_data(config: Any, fmt: pipeline.Format) -> None:
-    """Raises InputError if the data have not what the objective needs."""
+    """Raises InputError if the data have not what the network and the objective need."""
+    if config.model.backbone in VISION and fmt.vocab_size:
+        raise InputError(
+            f"model.backbone = {config.model.backbone!r} takes images, but the data source {config.data.source!r} has texts. Use "
+            "'encoder', or a source of images."
+        )
     needs_tokens = config.objective in ("retrieval", "mlm", "electra")
     if not fmt.vocab_size and (needs_tokens or config.retrieval_loss_coeff):
         raise InputError(

@@ -13,7 +13,7 @@ from datamux_jax import sharding, workdir
 from datamux_jax.data import cache, pipeline
 from datamux_jax.errors import InputError
 from datamux_jax.inference import OBJECTIVES, Inference, Prediction
-from datamux_jax.model import MultiplexedTransformer, call
+from datamux_jax.model import Network, call
 from datamux_jax.runs import Run, load_run
 
 __all__ = ["Prediction", "Predictor", "load"]
@@ -31,10 +31,10 @@ class Predictor(Inference):
             )
         # Every device takes the same number of groups.
         groups = -(-run.config.eval.batch_groups // run.mesh.size) * run.mesh.size
-        demux = run.model.demux
-        cut = demux.offset if demux is not None and demux.cut else 0
         identity = f"{run.path}, step {run.step}, {cache.digest(workdir.plain(run.config))}"
-        super().__init__(run.format, objective, instances=run.config.num_instances, groups=groups, cut=cut, identity=identity)
+        super().__init__(
+            run.format, objective, instances=run.config.num_instances, groups=groups, cut=run.model.cut, identity=identity
+        )
         self.run = run
         model = run.model
         self.forward = jax.jit(lambda params, batch: task_logits(model, objective, params, batch["inputs"], batch["mask"]))
@@ -49,7 +49,7 @@ class Predictor(Inference):
             yield rows, sharding.put_batch(batch, self.run.mesh)
 
 
-def task_logits(model: MultiplexedTransformer, objective: str, params: Any, inputs: jax.Array, mask: jax.Array) -> jax.Array:
+def task_logits(model: Network, objective: str, params: Any, inputs: jax.Array, mask: jax.Array) -> jax.Array:
     """`[B, N, C]`; of tagging, `[B, N, L, C]`."""
     h = call(model, params, "encode", inputs, mask)
     return call(model, params, "tag", h) if objective == "tagging" else call(model, params, "classify", h, mask)

@@ -13,7 +13,7 @@ from datamux_jax import checkpoint, optimizer, sharding, workdir
 from datamux_jax.build import build_generator
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
-from datamux_jax.model import MultiplexedTransformer
+from datamux_jax.model import Network
 from datamux_jax.plan import build_model
 from datamux_jax.step import placed, state_maker
 
@@ -25,7 +25,7 @@ class Run:
     path: Path
     config: Any
     format: Format
-    model: MultiplexedTransformer
+    model: Network
     params: Any
     step: int
     mesh: jax.sharding.Mesh

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from datamux_jax import losses, metrics, sharding
 from datamux_jax.data import pipeline
-from datamux_jax.model import MultiplexedTransformer, call
+from datamux_jax.model import MultiplexedTransformer, Network, call
 from datamux_jax.objectives import OBJECTIVES
 
 Step = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array | None]]
@@ -40,7 +40,7 @@ class Scored:
     slots: np.ndarray | None
 
 
-def scoring_step(config: Any, model: MultiplexedTransformer, generator: MultiplexedTransformer | None) -> Step:
+def scoring_step(config: Any, model: Network, generator: MultiplexedTransformer | None) -> Step:
     """The jitted function `(params, batch, key) -> (sums, outputs)` of what `config` trains for; `loss` is always among the sums.
 
     Pre-training is scored as it is trained, on what `key` draws, and has no outputs; everything else is scored on every token and draws
@@ -57,10 +57,11 @@ def scoring_step(config: Any, model: MultiplexedTransformer, generator: Multiple
         sums: dict[str, Any] = {}
         outputs = None
         if retrieve:
+            assert isinstance(model, MultiplexedTransformer), "validate() refuses others"
             sums |= losses.every_retrieval(model, params, h, batch)
             sums["loss"] = sums["retrieval_loss"]
         if config.objective in losses.TASK_LOSSES:
-            task, outputs = losses.TASK_LOSSES[config.objective](model, params, h, batch, {}, False)
+            task, outputs = losses.task_loss(config)(model, params, h, batch, {}, False)
             sums |= {**task, "loss": task["task_loss"]}
             # Where the groups are, so that every process finds the outputs of those that it reads.
             outputs = sharding.constrain(FETCHED[config.objective](outputs))

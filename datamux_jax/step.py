@@ -15,7 +15,7 @@ from datamux_jax.build import init_params
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
 from datamux_jax.losses import Sums
-from datamux_jax.model import MultiplexedTransformer
+from datamux_jax.model import MultiplexedTransformer, Network
 from datamux_jax.objectives import Objective
 
 Batch = Mapping[str, jax.Array]
@@ -34,7 +34,7 @@ class TrainState:
 def state_maker(
     config: Any,
     fmt: Format,
-    model: MultiplexedTransformer,
+    model: Network,
     tx: Any,
     generator: MultiplexedTransformer | None = None,
 ) -> Callable[[jax.Array], Any]:

@@ -128,7 +128,7 @@ def test_formats_of_both_sources():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__source": "mnist"}, r"data.source = 'mnist' does not exist. Choose one of: cldr, digits"),
+        ({"data__source": "imagenet"}, r"data.source = 'imagenet' does not exist. Choose one of: cldr, digits"),
         ({"data__source": "cldr"}, r"data.length = 0.*at least 2"),
         ({"data__length": 9}, r"data.length = 9.*length 8"),
         ({"data__source": "cldr", "data__length": 9, "data__tokenizer": "words"}, r"'words' does not exist.*bytes"),

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from datamux_jax.data import images
 from datamux_jax.data.examples import Examples, Source, hash_fraction
 
 
-def digits() -> Source:
+def digits(validation_examples: int = 0) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8: a sequence of 8 rows of 8 pixels in [0, 1].
 
-    Split 80/20 into `train` and `test` by a hash of the index.
+    Split 80/20 into `train` and `test` by a hash of the index; the last `validation_examples` of `train` are `validation`.
     """
     from sklearn.datasets import load_digits  # Heavy import, needed by this source alone.
 
@@ -22,7 +23,7 @@ def digits() -> Source:
     labels = raw.target.astype(np.int32)
     train = np.array([hash_fraction(f"digits/{i}") < 0.8 for i in range(len(labels))])
     splits = {"train": Examples(rows[train], labels[train]), "test": Examples(rows[~train], labels[~train])}
-    return Source(splits, tuple(str(d) for d in range(10)))
+    return Source(images.held_out(splits, validation_examples), tuple(str(d) for d in range(10)))
 
 
 _LANGUAGES = "en de fr es it pt nl sv da nb fi et lv lt pl cs sk sl hr hu ro tr id sw eu ca is ga cy sq"

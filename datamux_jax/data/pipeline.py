@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from datamux_jax import workdir
-from datamux_jax.data import sources, tokenizers
+from datamux_jax.data import images, sources, tokenizers
 from datamux_jax.data.corpus import CORPORA, open_corpus
 from datamux_jax.data.encoding import encode_pairs, encode_words
 from datamux_jax.data.examples import Examples, Source
@@ -59,6 +59,7 @@ class Format:
       corpus: fingerprint of the running text that was cut into chunks; empty where examples are texts or features.
       inputs: what an example is: "text", "pair" of texts, "words", or "features".
       metrics: what is reported of predictions, keys of `task_metrics.METRICS`.
+      image_size: pixels of a side that images are brought to; 0: features are taken as they are.
     """
 
     label_names: tuple[str, ...]
@@ -71,6 +72,7 @@ class Format:
     corpus: str = ""
     inputs: str = "text"
     metrics: tuple[str, ...] = ("accuracy",)
+    image_size: int = 0
 
     def save(self, run: Path) -> None:
         """Writes `format.json` and, for texts, the tokenizer into the folder of a run."""
@@ -139,6 +141,8 @@ class Format:
             features = np.asarray(inputs, np.float32)
         except (TypeError, ValueError):
             features = np.empty(0, np.float32)
+        if self.image_size and features.ndim == 3 and features.size:
+            features = images.fitted(features, self.image_size)
         if features.ndim != 3 or features.shape[1:] != self.input_shape:
             raise InputError(
                 f"This model reads feature arrays of shape [n, {self.length}, {self.feature_size}], but got "
@@ -192,7 +196,9 @@ def format_of(config: Any, run: Path | None = None) -> Format:
     source = None if running else sources.load(data)
     first = None if source is None else next(iter(source.splits.values())).inputs
     if source is not None and isinstance(first, np.ndarray):
-        fmt = Format(source.label_names, first.shape[1], feature_size=first.shape[2], inputs="features", metrics=source.metrics)
+        length, width = (data.image_size, data.image_size) if data.image_size else first.shape[1:]
+        kind = {"inputs": "features", "feature_size": width, "image_size": data.image_size}
+        fmt = Format(source.label_names, length, metrics=source.metrics, **kind)
         if data.length not in (0, fmt.length):
             raise InputError(
                 f"data.length = {data.length}, but the source {data.source!r} has inputs of length {fmt.length}. "

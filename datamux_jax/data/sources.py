@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from datamux_jax.data import builtin, glue, tagging, text_tables
+from datamux_jax.data import builtin, glue, images, tagging, text_tables
 from datamux_jax.data.corpus import CORPORA
 from datamux_jax.data.examples import Files, Source
 from datamux_jax.errors import InputError, choose
@@ -29,7 +29,8 @@ class Reader(NamedTuple):
 
 
 SOURCES: dict[str, Reader] = {
-    "digits": Reader((), lambda _: {}, lambda *_: builtin.digits()),
+    "digits": Reader(images.SIZES, lambda _: {}, lambda data, _: builtin.digits(data.validation_examples)),
+    "mnist": Reader(images.KEYS, images.find, images.read),
     "cldr": Reader((), lambda _: {}, lambda *_: builtin.cldr()),
     "glue": Reader(("name", "path"), glue.find, glue.read),
     "tagging": Reader(tagging.KEYS, tagging.find, tagging.read),
@@ -40,6 +41,8 @@ OPTIONAL = {
     **dict.fromkeys(("path", "name", "train_file", "validation_file", "test_file", "format", "text", "text_pair", "label"), ""),
     "header": True,
     "numbers": False,
+    "validation_examples": 0,
+    "image_size": 0,
 }
 RUNNING = {"files": ("path",), "tfds": ("path", "name")}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,24 @@ def read(name: str, folder: str, splits: Sequence[str], features: Sequence[str])
             "version of tensorflow-datasets describes."
         )
     names = {feature: getattr(getattr(known[feature], "feature", None), "names", None) for feature in features}
-    records: dict[str, list[dict[str, Any]]] = {}
-    for split in splits:
-        source = tfds_text.open_split(builder, split)
-        records[split] = []
-        for start in range(0, len(source), tfds_text.BATCH):
-            numbers = list(range(start, min(start + tfds_text.BATCH, len(source))))
-            for record in tfds_text.records(source, numbers, builder.data_dir):
-                records[split].append({feature: _plain(record[feature], names[feature]) for feature in features})
-    return records
+    return {
+        split: [
+            {feature: _plain(record[feature], names[feature]) for feature in features} for record in each_record(builder, split)
+        ]
+        for split in splits
+    }
+
+
+def each_record(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """The records of a split as the library gives them, one after the other.
+
+    Raises:
+      InputError: no such split, or a damaged file.
+    """
+    source = tfds_text.open_split(builder, split)
+    for start in range(0, len(source), tfds_text.BATCH):
+        numbers = list(range(start, min(start + tfds_text.BATCH, len(source))))
+        yield from tfds_text.records(source, numbers, builder.data_dir)
 
 
 def _plain(value: Any, names: Sequence[str] | None) -> Any:

@@ -1,0 +1,91 @@
+"""Handwritten digits as images, N at once: the LeNet and the MLP of DataMUX, and a Transformer over rows of pixels.
+
+    python -m launch.train --config=configs/vision.py:lenet,mux=nonlinear_expand,n=8,data=MNIST --workdir=runs/lenet
+
+Defaults are the published protocol: 20x20 pixels, 15 epochs, SGD with rate 0.1, 32 groups a step, squared error to targets of +-1; for
+the Transformer cross-entropy and AdamW. An epoch is every training image once. N = 1 is the plain network, nothing mixed or unmixed.
+Arguments:
+
+    lenet              the network, first and without a name: lenet, mlp or transformer
+    data=              digits, of scikit-learn, enlarged; mnist, of TensorFlow Datasets; or a folder with MNIST's four idx files
+    n=1+2+4+8          numbers of instances
+    mux=               transformation: for lenet and mlp of datamux_jax/image_mixing.py or mixing.py, for transformer of mux.py
+    demux=             mlp, layers of each instance's own, or rsa, a key for each
+    plain=false        N = 1 is mixed and unmixed too: the same network for all N
+    loss=              squared or cross_entropy
+    optimizer=         sgd or adamw
+    rate=              learning rate
+    schedule=          constant, linear or cosine
+    epochs=
+    groups=            mixed images a step
+    width=, depth=     of mlp and transformer: units of a layer, and layers
+    size=              pixels of a side; 0: as they are
+    validation=        training images held out, and scored in place of the test images; 0: none
+    examples=          training images, held out ones included, where a folder has not MNIST's 60,000
+    seed=
+"""
+
+from configs import common
+from datamux_jax.data.builtin import digits
+from datamux_jax.errors import InputError, choose
+
+# What differs between networks: arguments that are not given.
+PUBLISHED = {
+    "mux": "nonlinear_expand",
+    "demux": "mlp",
+    "loss": "squared",
+    "optimizer": "sgd",
+    "rate": 0.1,
+    "schedule": "constant",
+}
+NETWORKS = {
+    "lenet": PUBLISHED | {"width": 84, "depth": 1},
+    "mlp": PUBLISHED | {"mux": "orthogonal", "width": 400, "depth": 2},
+    "transformer": {"mux": "gaussian_hadamard", "demux": "rsa", "loss": "cross_entropy", "optimizer": "adamw"}
+    | {"rate": 1e-3, "schedule": "cosine", "width": 128, "depth": 3},
+}
+MNIST_EXAMPLES = 60_000
+
+
+def get_config(arg=None):
+    name, _, rest = (arg or "").partition(",")
+    choose(NETWORKS, name, "Name the network first, as in configs/vision.py:lenet,n=8. The network")
+    shared = {"data": "digits", "n": (1, 2, 4, 8), "plain": True, "epochs": 15, "groups": 32, "size": 20}
+    arg = common.parse_arg(rest, **shared, **NETWORKS[name], validation=0, examples=0, seed=0)
+    c = common.get_config()
+    c.title = f"{name}, {'MNIST' if arg.data != 'digits' else 'digits'}: N images at once"
+    c.seed = arg.seed
+    c.batch_groups = arg.groups
+    c.task_loss = arg.loss
+    c.data.source = "digits" if arg.data == "digits" else "mnist"
+    c.data.path = arg.data if arg.data not in ("digits", "mnist") else ""
+    c.data.image_size, c.data.validation_examples = arg.size, arg.validation
+    c.eval.split = "validation" if arg.validation else "test"
+    c.eval.batch_groups = 128
+    c.model.backbone = "encoder" if name == "transformer" else name
+    c.model.hidden_size, c.model.num_layers, c.model.mlp_dim = arg.width, arg.depth, 4 * arg.width
+    c.optimizer.update_rule, c.optimizer.learning_rate, c.optimizer.schedule = arg.optimizer, arg.rate, arg.schedule
+    if arg.optimizer == "sgd":  # As published: nothing but the rate.
+        c.optimizer.weight_decay = c.optimizer.grad_clip = 0.0
+    examples = arg.examples or (len(digits().split("train")) if arg.data == "digits" else MNIST_EXAMPLES)
+    steps = {n: round(arg.epochs * (examples - arg.validation) / (arg.groups * n)) for n in arg.n if n > 0}
+    if not steps or min(steps.values()) < 1:
+        raise InputError(
+            f"epochs={arg.epochs} of {examples - arg.validation} images with groups={arg.groups} and n={'+'.join(map(str, arg.n))} "
+            "leave a run without a step. Raise epochs, or lower the others."
+        )
+    common.set_runs(c, {f"n{n}": _run(n, steps[n], arg) for n in steps})
+    return c
+
+
+def _run(n: int, steps: int, arg) -> dict:
+    mixed = n > 1 or not arg.plain
+    return {
+        "num_instances": n,
+        "steps": steps,
+        "mux": {"name": arg.mux if mixed else "none"},
+        "demux": {"name": arg.demux if mixed else "none"},
+        "log_every": max(50, steps // 100),
+        "checkpoint": {"every": max(500, steps // 5)},
+        "optimizer": {"warmup_steps": 0 if arg.optimizer == "sgd" else steps // 20},
+    }
