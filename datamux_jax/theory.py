@@ -34,6 +34,7 @@ Weights are built on the host in float64 and returned in the dtype of the given 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -50,6 +51,7 @@ from datamux_jax.mux import BinaryHadamard, GaussianHadamard, Multiplexer, Rando
 LINEAR = (GaussianHadamard, BinaryHadamard, RandomOrtho)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Subspaces:
     """Where instances of width `d` live in mixed rows of width `D`; all arrays are float64.
@@ -68,6 +70,14 @@ class Subspaces:
     def condition(self) -> float:
         """The condition number of `[C_1 ... C_N]`: how much reading all instances together may amplify an error. 1 is best."""
         return float(np.linalg.cond(np.concatenate(self.write_NxDxd, axis=1)))
+
+    def jointly(self) -> Subspaces:
+        """The same instances, read by the pseudo-inverse of all `C_i` together: the best linear unmixing.
+
+        Where images are orthogonal it is what each `C_i` alone gives.
+        """
+        read = np.linalg.pinv(np.concatenate(self.write_NxDxd, axis=1))
+        return dataclasses.replace(self, read_NxdxD=read.reshape(self.read_NxdxD.shape))
 
     def enter(self, z_BxNxLxd: Array) -> Array:
         """States to what the multiplexer is given: `[B, N, L, D]`."""
@@ -94,26 +104,31 @@ def mixing_matrices(mux: Multiplexer, params: Any) -> np.ndarray:
             f"{type(mux).__name__} looks at what it mixes, so it has no matrix for an instance. Use one that is linear: {names} or a "
             "subclass."
         )
-    width = mux.spec.width
-    units = jnp.eye(width, dtype=mux.spec.dtype)
+    return np.asarray(_responses(mux, params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _responses(mux: Multiplexer, params: Any) -> Array:
+    units = jnp.eye(mux.spec.width, dtype=mux.spec.dtype)
 
     def response(i: Array) -> Array:
-        x_1xNxLxE = jnp.zeros((1, mux.num_instances, width, width), units.dtype).at[0, i].set(units)
-        return mux.apply({"params": params}, x_1xNxLxE)[0].T
+        x_1xNxLxE = jnp.zeros((1, mux.num_instances, *units.shape), units.dtype).at[0, i].set(units)
+        return cast(Array, mux.apply({"params": params}, x_1xNxLxE))[0].T
 
     with jax.default_matmul_precision("highest"):
-        return np.asarray(jax.lax.map(response, jnp.arange(mux.num_instances)))
+        return jax.lax.map(response, jnp.arange(mux.num_instances))
 
 
-def subspaces(matrices_NxDxD: np.ndarray, width: int, key: Array, *, joint: bool = False) -> Subspaces:
+def subspaces(matrices_NxDxD: np.ndarray, width: int, key: Array) -> Subspaces:
     """Gives every instance a random `width`-dimensional subspace of what its transformation keeps.
+
+    `R_i` is the pseudo-inverse of `C_i` alone, as a multiplexer's own inverse is; `Subspaces.jointly` reads better where images
+    overlap.
 
     Args:
       matrices_NxDxD: of `mixing_matrices`.
       width: `d` of an instance.
       key: of the subspaces.
-      joint: read with the pseudo-inverse of all `C_i` together, which is the best linear unmixing. Otherwise with that of `C_i`
-        alone, as a multiplexer's own inverse does; with orthogonal images the two are one.
 
     Raises:
       InputError: `N d > D`, or a transformation keeps less than `d` dimensions.
@@ -125,26 +140,20 @@ def subspaces(matrices_NxDxD: np.ndarray, width: int, key: Array, *, joint: bool
             f"positive. Use a width from 1 to {size // instances}, or mixed rows of at least {instances * max(width, 1)}."
         )
     draws = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
-    bases = [_kept(matrix, width, draws) for matrix in matrices_NxDxD]
-    enter = np.stack(bases)
-    write = matrices_NxDxD.astype(np.float64) @ enter
-    stacked = np.concatenate(write, axis=1)
-    read = np.linalg.pinv(stacked).reshape(instances, width, size) if joint else np.linalg.pinv(write)
-    return Subspaces(enter, write, read)
-
-
-def _kept(matrix_DxD: np.ndarray, width: int, draws: np.random.Generator) -> np.ndarray:
-    """Orthonormal columns `[D, width]`, random among what the matrix does not send to zero."""
-    _, values, rows = np.linalg.svd(matrix_DxD.astype(np.float64))
-    # Of a matrix in lower precision, rounding alone gives singular values of about this size.
-    rank = int((values > values[0] * len(values) * float(jnp.finfo(matrix_DxD.dtype).eps)).sum())
-    if rank < width:
-        raise InputError(
-            f"An instance has width {width}, but its transformation keeps only {rank} of {len(values)} dimensions. Use a width of at "
-            f"most {rank}, or a wider mixed row."
-        )
-    turn, _ = np.linalg.qr(draws.normal(size=(rank, width)))
-    return rows[:rank].T @ turn
+    matrices = matrices_NxDxD.astype(np.float64)
+    # The transposed maps whatever it is given into what the matrix keeps.
+    enter, triangles = np.linalg.qr(matrices.transpose(0, 2, 1) @ draws.normal(size=(instances, size, width)))
+    # Of a matrix in lower precision, rounding alone gives singular values of this size.
+    rounding = size * float(jnp.finfo(matrices_NxDxD.dtype).eps)
+    for matrix, triangle in zip(matrices, triangles, strict=True):
+        diagonal = np.abs(np.diag(triangle))
+        if diagonal.min() <= diagonal.max() * rounding and (rank := np.linalg.matrix_rank(matrix, rtol=rounding)) < width:
+            raise InputError(
+                f"An instance has width {width}, but its transformation keeps only {rank} of {size} dimensions. Use a width of at most "
+                f"{rank}, or a wider mixed row."
+            )
+    write = matrices @ enter
+    return Subspaces(enter, write, np.linalg.pinv(write))
 
 
 def mixed_spec(spec: Spec, instances: int, hidden_size: int = 0) -> Spec:
@@ -182,7 +191,7 @@ def _fit(single: Any, places: Subspaces, spec: Spec) -> None:
         )
     if spec.hidden_size != size or spec.num_heads != instances * heads:
         raise InputError(
-            f"The mixed layer has hidden_size = {spec.hidden_size} and num_heads = {spec.num_heads}; {instances} instances with {heads} "
+            f"The mixed layer has hidden_size = {spec.hidden_size} and num_heads = {spec.num_heads}; {instances} instances of {heads} "
             f"heads in rows of width {size} need {size} and {instances * heads}. mixed_spec(spec, {instances}, {size}) gives that."
         )
 
