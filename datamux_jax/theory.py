@@ -338,7 +338,7 @@ class InstanceNormBlock(Block):
         return InstanceNorm(self.spec, self.num_instances, self.width)
 
 
-def stack(block: Block, layers: Sequence[Any], x: Array, mask: Array | None = None) -> Array:
+def stack(block: nn.Module, layers: Sequence[Any], x: Array, mask: Array | None = None) -> Array:
     """`block` with the parameters of each layer in turn, `[..., L, D] -> [..., L, D]`; mask `[..., L]`."""
     for params in layers:
         x = cast(Array, block.apply({"params": params}, x, mask))
