@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,9 @@ from datamux_jax import theory
 from datamux_jax.errors import InputError
 from datamux_jax.layers import Array, Attention, Block, Spec
 from datamux_jax.mux import BinaryHadamard, GaussianHadamard, Multiplexer, RandomOrtho, RandomOrthoLowRank
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Instances of width 8 with 2 heads; a standard deviation with which attention differs from the mean over positions.
 SPEC = Spec(hidden_size=8, num_layers=1, num_heads=2, mlp_dim=32, init_stddev=0.5)
@@ -33,6 +37,9 @@ MIXERS: dict[str, Callable[[Spec, int], Multiplexer]] = {
     "gaussian_hadamard": functools.partial(GaussianHadamard, norm=0.0),
     "random_ortho": RandomOrtho,
 }
+
+# Of lines in a picture, one a mixer.
+STYLES: tuple[tuple[Any, str], ...] = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (1, 3)), "x"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +156,35 @@ def table(rows: Sequence[Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def draw(rows: Sequence[Residue]) -> Figure:
+    """The errors of `attention` over `D`: each instance read by itself, and all together. Colours are N, line styles mixers."""
+    from matplotlib import pyplot as plt  # Heavy import, needed here alone.
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    instances, mixers = (sorted({getattr(row, name) for row in rows}) for name in ("instances", "mux"))
+    for axes, reading in zip(panels, ("own", "joint"), strict=True):
+        for (colour, n), (style, mux) in itertools.product(enumerate(instances), enumerate(mixers)):
+            mine = [row for row in rows if (row.mux, row.instances) == (mux, n)]
+            sizes, errors = [row.hidden_size for row in mine], [getattr(row, reading) for row in mine]
+            axes.plot(sizes, errors, color=f"C{colour}", linestyle=STYLES[style][0], marker=STYLES[style][1], markersize=5)
+        sizes = sorted({row.hidden_size for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xlabel("D, width of the mixed row")
+        axes.set_ylabel("relative error")
+        axes.grid(alpha=0.3)
+    panels[1].set_yscale("log")
+    panels[0].set_title("each instance read by its own inverse")
+    panels[1].set_title("all read together (pseudo-inverse)")
+    lines = [plt.Line2D([], [], color=f"C{colour}", label=f"N = {n}") for colour, n in enumerate(instances)]
+    lines += [
+        plt.Line2D([], [], color="black", linestyle=ls, marker=m, label=mux)
+        for (ls, m), mux in zip(STYLES, mixers, strict=False)
+    ]
+    figure.legend(handles=lines, loc="outside right center", fontsize=8)
+    return figure
+
+
 def relative_error(found: Any, expected: Any) -> float:
     """`|found - expected| / |expected|`, L2."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
@@ -181,17 +217,22 @@ def _mixed(mux: Multiplexer, layer: nn.Module, mixing: Any, params: Any, places:
         return places.demultiplex(cast(Array, layer.apply({"params": params}, m_BxLxD)))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _drawn(key: Array, layer: nn.Module, spec: Spec, n: int, length: int) -> tuple[Any, Array]:
-    """Parameters of `layer`, biases included, and states `[2, N, L, d]`."""
-    for_init, for_bias, for_states = jax.random.split(key, 3)
-    z_BxNxLxd = jax.random.normal(for_states, (2, n, length, spec.hidden_size), spec.dtype)
-    params = nn.unbox(layer.init(for_init, z_BxNxLxd[:, 0])["params"])
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _weights(layer: nn.Module, spec: Spec, key: Array) -> Any:
+    """Parameters of `layer`, with biases that are not zero."""
+    for_init, for_bias = jax.random.split(key)
+    params = nn.unbox(layer.init(for_init, jnp.zeros((1, 1, spec.hidden_size), spec.dtype))["params"])
 
     def noisy(path: Any, leaf: Array) -> Array:
         return leaf + 0.1 * jax.random.normal(for_bias, leaf.shape) if path[-1].key == "bias" else leaf
 
-    return jax.tree_util.tree_map_with_path(noisy, params), z_BxNxLxd
+    return jax.tree_util.tree_map_with_path(noisy, params)
+
+
+def _drawn(key: Array, layer: nn.Module, spec: Spec, n: int, length: int) -> tuple[Any, Array]:
+    """Parameters of `layer` and states `[2, N, L, d]`."""
+    for_weights, for_states = jax.random.split(key)
+    return _weights(layer, spec, for_weights), jax.random.normal(for_states, (2, n, length, spec.hidden_size), spec.dtype)
 
 
 def _attention_once(
