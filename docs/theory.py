@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import matplotlib
 
 from datamux_jax import residue
+
+
+def by_size(rows: Sequence[residue.Residue]) -> str:
+    """One line a mixer and N, one column a width: the error of each reading, and the condition number."""
+    sizes = sorted({row.hidden_size for row in rows})
+    lines = [["mixer", "N", *(f"D = {size}: own, joint, condition" for size in sizes)]]
+    lines.append(["---"] * len(lines[0]))
+    for mux, n in sorted({(row.mux, row.instances) for row in rows}):
+        mine = [row for row in rows if (row.mux, row.instances) == (mux, n)]
+        lines.append([mux, str(n), *(f"{row.own:.2g}, {row.joint:.1g}, {row.condition:.2g}" for row in mine)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -18,7 +30,7 @@ def main() -> None:
         spec = dataclasses.replace(residue.SPEC, hidden_size=width, mlp_dim=4 * width)
         print(residue.table(residue.norms(key, spec=spec)), flush=True)
     rows = residue.attention(key)
-    print(residue.table(rows))
+    print(by_size(rows))
     path = Path(__file__).parent / "images" / "residue.png"
     residue.draw(rows).savefig(path, dpi=110, facecolor="white")
 
