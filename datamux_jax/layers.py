@@ -7,7 +7,7 @@ Shapes in names: `B` groups, `N` instances, `L` positions, `E` embedding width, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import flax.linen as nn
@@ -255,11 +255,15 @@ class Block(nn.Module):
     def setup(self) -> None:
         spec = self.spec
         self.attention = Attention(spec)
-        self.attention_norm = layer_norm(spec)
+        self.attention_norm = self.norm()
         self.mlp_in = dense(spec, spec.mlp_dim, ("embed", "mlp"))
         self.mlp_out = dense(spec, spec.hidden_size, ("mlp", "embed"))
-        self.mlp_norm = layer_norm(spec)
+        self.mlp_norm = self.norm()
         self.dropout = nn.Dropout(spec.dropout_rate)
+
+    def norm(self) -> Callable[[Array], Array]:
+        """What follows each residual; `theory.py` has blocks with another one."""
+        return layer_norm(self.spec)
 
     @property
     def draws(self) -> bool:
