@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 
 from configs import common, langid, quickstart
-from datamux_jax import benchmark, experiment, report
+from datamux_jax import benchmark, experiment, optimizer, report
 from datamux_jax.config import validate
 from datamux_jax.data import tfds_text
 from datamux_jax.errors import InputError
@@ -164,6 +164,7 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
     running = {"data__path": str(tmp_path / "book.txt"), "data__tokenizer": "wordpiece", "data__vocab_size": 60}
     kept = {"checkpoint__keep_best": 1, "eval__every": 3, "eval__split": "validation", "data__validation_share": 0.1}
     train(text_config(objective="retrieval", data__source="files", **running, **kept), tmp_path / "files")
+    optimizer.make(text_config(optimizer__update_rule="sgd"))
     with pytest.raises(InputError, match=r"data\.text_key"):
         tfds_text._check_feature(
             text_config(data__name="wiki", data__text_key="body").data, types.SimpleNamespace(features={}, full_name="wiki")
