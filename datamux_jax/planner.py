@@ -35,8 +35,8 @@ class Times:
 
     Attributes:
       total: computation and what communication is not hidden behind it.
-      computing: the sum of the compiler's cycles over the schedule, loops multiplied, by the clock, and for instructions without (gathers,
-        sorts) their results, written and read once at the speed of the memory; or a roofline.
+      computing: the sum of the compiler's cycles over the schedule, loops multiplied, by the clock, and for instructions without
+        (gathers, sorts) their results, written and read once at the speed of the memory; or a roofline.
       waiting: communication that nothing overlaps.
       overlapped: communication while other work runs.
       optimal: the compiler's `optimal_seconds`, the sum over instructions of the larger of operations by peak and bytes by memory

@@ -130,7 +130,7 @@ class Program:
         for name, count in self.times()[0].items():
             for line in self.computations[name]:
                 found = INSTRUCTION.match(line)
-                if found and found[3] in WORK and "estimated_cycles" not in line and "async-collective" not in line:
+                if found and found[3] in WORK and not re.search("estimated_cycles|async-collective|all-reduce-scatter", line):
                     total += count * shape_bytes(found[2])
         return total
 

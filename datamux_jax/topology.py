@@ -59,6 +59,16 @@ HOST_SPEED = 2.5e10  # Bytes/s that leave a host towards other slices (the same 
 HOST_CHIPS = 4
 
 
+# Elsewhere than on Google Cloud libtpu would ask for metadata, wait, and complain. Nothing is run: other processes may plan, or train,
+# beside this one.
+OFFLINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 class NoCompiler(Exception):
     """libtpu is not installed, so nothing can be compiled for a TPU."""
 
@@ -125,9 +135,8 @@ def devices_of(topology: Topology) -> Sequence[Any]:
       NoCompiler: libtpu is not installed.
       InputError: libtpu does not know the topology.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Elsewhere than on Google Cloud it would ask for metadata, and wait.
-    # Nothing is run: other processes may plan, or train, beside this one.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     more = {"num_slices": topology.slices} if topology.slices > 1 else {}
