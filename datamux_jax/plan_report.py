@@ -30,17 +30,12 @@ def details(row: Row, found: Estimate, topology: Topology, largest: int = 12) ->
       topology: the machine.
       largest: number of collectives to list.
     """
-    config, chip = row.config, topology.chip
+    config = row.config
     groups = found.instances // config.num_instances
-    device = "device" if chip.devices > 1 else "chip"
     micro = f" in {config.accumulation} micro-batches" if config.accumulation > 1 else ""
     what = f"{groups} groups of N = {config.num_instances}{micro}, {found.positions} positions"
-    lines = [f"{found.devices} {device}s ({mesh_text(row, ', ')}); {what}"]
-    if chip.devices > 1:
-        lines.append(
-            f"  {chip.devices} devices a chip: ahead of time, libtpu takes each core of a {topology.generation} for one"
-        )
-    lines += [f"  {name:<30} {size / GIB:8.2f} GiB a {device}" for name, size in found.memory.items()]
+    lines = [f"{found.devices} chips ({mesh_text(row, ', ')}); {what}"]
+    lines += [f"  {name:<30} {size / GIB:8.2f} GiB a chip" for name, size in found.memory.items()]
     if found.capacity:
         verdict = (
             f"fits, {found.left / GIB:.2f} GiB left" if found.left >= 0 else f"does not fit, by {-found.left / GIB:.2f} GiB"
@@ -48,7 +43,7 @@ def details(row: Row, found: Estimate, topology: Topology, largest: int = 12) ->
         lines.append(
             f"  {'of':<30} {found.capacity / GIB:8.2f} GiB: {verdict}" + ("" if found.compiled else ", activations apart")
         )
-    lines.append(f"  {'matrix products':<30} {found.flops / TERA:8.3f} TFLOP a {device}")
+    lines.append(f"  {'matrix products':<30} {found.flops / TERA:8.3f} TFLOP a chip")
     if found.times:
         lines += _times(found, topology)
     if found.compiled:
@@ -66,7 +61,7 @@ def _times(found: Estimate, topology: Topology) -> list[str]:
     times, rate = found.times, found.rate
     assert times is not None
     assert rate is not None
-    each = rate / (found.devices / topology.chip.devices)
+    each = rate / found.devices
     peak = found.flops / topology.chip.flops / times.total
     hidden = f"; {1000 * times.overlapped:.2f} ms more overlapped" if times.overlapped else ""
     parts = [
@@ -126,10 +121,10 @@ def _cells(row: Row, rows: Sequence[Row], topology: Topology) -> list[str]:
     cells += ["yes" if row.fits else f"no, {-found.left / GIB:.2f} lack", f"{found.flops / TERA:.3f}"]
     if found.times is None or found.rate is None:
         return [*cells, *[""] * 6]
-    times, chips = found.times, found.devices / topology.chip.devices
+    times = found.times
     optimal = "" if times.optimal is None else f"{1000 * times.optimal:.2f}"
     cells += [f"{1000 * times.total:.2f}", f"{1000 * times.waiting:.2f}", optimal]
-    return [*cells, f"{found.rate:,.0f}", f"{found.rate / chips:,.1f}", _against_plain(row, rows)]
+    return [*cells, f"{found.rate:,.0f}", f"{found.rate / found.devices:,.1f}", _against_plain(row, rows)]
 
 
 def _against_plain(row: Row, rows: Sequence[Row]) -> str:

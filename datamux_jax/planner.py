@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from datamux_jax import flops, inference, predict, scoring, sharding
 from datamux_jax.config import validate
@@ -225,7 +226,8 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
     with sharding.on_mesh(plan.mesh) if step == "evaluate" else contextlib.nullcontext():
         lowered = function.lower(*args)
     try:
-        compiled = lowered.compile()
+        with _no_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _refused(error, topology) from error
     used = compiled.memory_analysis()
@@ -251,6 +253,19 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
     )
 
 
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Turns JAX's cache of compiled programs off: one for a machine that is not there cannot be read back."""
+    before = jax.config.read("jax_enable_compilation_cache")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # It remembers whether it is used.
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def _refused(error: Exception, topology: Topology | None) -> InputError:
     found = re.search(r"Used (\S+) of (\S+) hbm\. Exceeded hbm capacity by (\S+?)\.?\s", str(error))
     why = " ".join(str(error).split())[:300]
@@ -264,7 +279,7 @@ def _refused(error: Exception, topology: Topology | None) -> InputError:
 
 def _times(program: Program, cost: dict[str, float], communication: list[Collective], chip: Chip) -> Times | None:
     """The best available guess of the time: cycles; a roofline, where the program has none."""
-    between = HOST_SPEED / HOST_CHIPS / chip.devices
+    between = HOST_SPEED / HOST_CHIPS
     waits = {
         overlapped: sum(one.seconds(chip.link_speed, between) for one in communication if one.overlapped == overlapped)
         for overlapped in (True, False)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datamux_jax.errors import InputError
@@ -14,7 +14,7 @@ from datamux_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A generation of TPUs, by device: what JAX sees as one.
+    """A generation of TPUs. JAX sees a chip as one device.
 
     Sources: memory, its speed, links and peaks from "How to Scale Your Model" (jax-ml.github.io/scaling-book, "TPU specs") and
     Google's documentation of the generations. The clock is the peak over what the matrix units do in a cycle.
@@ -24,10 +24,10 @@ class Chip:
       flops: peak of bfloat16 matrix products, FLOP/s.
       units: FLOP a cycle of all matrix units.
       memory_speed: bytes/s to and from memory.
-      link_speed: bytes/s that leave a device along one axis of the machine, in both directions together.
+      link_speed: bytes/s that leave a chip along one axis of the machine, in both directions together.
       axes: of the machine, 2 or 3.
       pod: the largest machine.
-      devices: that JAX sees in a chip. Compiling ahead of time, libtpu offers v4 by its two cores, not joined (no "megacore").
+      options: for libtpu. Without them it offers the two cores of a v4 by themselves; JAX has them joined.
     """
 
     memory: int
@@ -37,7 +37,7 @@ class Chip:
     link_speed: float
     axes: int
     pod: tuple[int, ...]
-    devices: int = 1
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def clock(self) -> float:
@@ -47,7 +47,7 @@ class Chip:
 
 MXU = 2 * 128 * 128  # FLOP a cycle of one matrix unit; v6e's are 256 wide.
 CHIPS = {
-    "v4": Chip(16 * 2**30, 137.5e12, 4 * MXU, 0.6e12, 9e10, 3, (16, 16, 16), devices=2),
+    "v4": Chip(32 * 2**30, 275e12, 8 * MXU, 1.2e12, 9e10, 3, (16, 16, 16), {"chip_config_name": "megacore"}),
     "v5e": Chip(16 * 2**30, 197e12, 4 * MXU, 0.81e12, 1e11, 2, (16, 16)),
     "v5p": Chip(95 * 2**30, 459e12, 8 * MXU, 2.8e12, 2e11, 3, (16, 20, 28)),
     "v6e": Chip(32 * 2**30, 918e12, 16 * MXU, 1.6e12, 2e11, 2, (16, 16)),
@@ -87,8 +87,8 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """Number of devices, of all slices."""
-        return math.prod(self.shape) * self.slices * self.chip.devices
+        """Number of chips, of all slices."""
+        return math.prod(self.shape) * self.slices
 
     @property
     def name(self) -> str:
@@ -139,7 +139,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    more = dict(topology.chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
     try:
         return topologies.get_topology_desc(topology.name, "tpu", **more).devices
     except Exception as error:  # libtpu raises what its C++ raises.
