@@ -256,7 +256,7 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
     """Turns JAX's cache of compiled programs off: one for a machine that is not there cannot be read back."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # It remembers whether it is used.
     try:
