@@ -33,7 +33,7 @@ def details(row: Row, found: Estimate, topology: Topology, largest: int = 12) ->
     config = row.config
     groups = found.instances // config.num_instances
     micro = f" in {config.accumulation} micro-batches" if config.accumulation > 1 else ""
-    what = f"{groups} groups of N = {config.num_instances}{micro}, {found.positions} positions"
+    what = f"{groups} groups of N = {config.num_instances}{micro}, {found.positions} positions; {found.parameters:,} parameters"
     lines = [f"{found.devices} chips ({mesh_text(row, ', ')}); {what}"]
     lines += [f"  {name:<30} {size / GIB:8.2f} GiB a chip" for name, size in found.memory.items()]
     if found.capacity:
@@ -118,7 +118,8 @@ def _cells(row: Row, rows: Sequence[Row], topology: Topology) -> list[str]:
     if found is None:
         return [*cells, "", *where, "", "no estimate", *[""] * 7]
     cells += [str(found.instances // config.num_instances), *where, f"{found.memory['total'] / GIB:.2f}"]
-    cells += ["yes" if row.fits else f"no, {-found.left / GIB:.2f} lack", f"{found.flops / TERA:.3f}"]
+    fits = "yes" if found.compiled else "not known"
+    cells += [fits if row.fits else f"no, {-found.left / GIB:.2f} lack", f"{found.flops / TERA:.3f}"]
     if found.times is None or found.rate is None:
         return [*cells, *[""] * 6]
     times = found.times

@@ -66,6 +66,7 @@ class Estimate:
       times: None if nothing gives a time.
       collectives: communication, largest first.
       positions: of an example.
+      parameters: of the network, all devices together, each once.
       compiled: False for what is known without a compiler: `memory` is that of parameters, optimizer and batch alone, and `flops`
         those of the model.
     """
@@ -78,6 +79,7 @@ class Estimate:
     times: Times | None
     collectives: list[Collective]
     positions: int = 0
+    parameters: int = 0
     compiled: bool = True
 
     @property
@@ -250,6 +252,7 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
         times=_times(program, compiled.cost_analysis() or {}, found, topology.chip) if topology else None,
         collectives=found,
         positions=plan.format.length,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params)),
     )
 
 
@@ -315,5 +318,6 @@ def _uncompiled(plan: Plan, topology: Topology | None, step: str) -> Estimate:
         times=None,
         collectives=[],
         positions=plan.format.length,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params)),
         compiled=False,
     )

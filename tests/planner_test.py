@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -12,7 +14,7 @@ from datamux_jax.errors import InputError
 from datamux_jax.planner import Estimate, Times
 from datamux_jax.program import Collective, Program
 from tests.conftest import small_config, text_config
-from tests.launch_test import assert_refused, run
+from tests.launch_test import ROOT, assert_refused, run
 
 PROGRAM = """
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
@@ -180,6 +182,28 @@ def test_a_step_is_compiled_for_devices_that_are_there_too():
     assert found.memory["total"] > sum(4 * leaf.size for leaf in jax.tree.leaves(plan.abstract.params))
     model = planner.STEPS["predict"].flops(plan)
     assert found.flops == pytest.approx(model, rel=0.05)
+
+
+WITHOUT = """
+import runpy, sys
+sys.modules["libtpu"] = None
+runpy.run_module("launch.plan", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--n=1,2"], ["--search"]])
+def test_the_command_says_what_it_can_tell_without_libtpu(more):
+    flags = ["--config=configs/muxbert.py:base,n=5,files=.,retrieval=0", "--topology=v5e:16x16", "--config.mesh.fsdp=16", *more]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    if more == ["--search"]:
+        assert_refused(done, "libtpu is not installed: pip install libtpu")
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("libtpu is not installed, so nothing was compiled")
+    assert done.stdout.count("not known") == 2 + 1
 
 
 def fake(rates, needs=None):
