@@ -51,6 +51,11 @@ class ImageClassifier(Network):
         del mask_BxNxL, train
         return self.network.encode(inputs.astype(self.dtype))
 
+    def features(self, h: Array, mask_BxNxL: Array, train: bool = False) -> Array:
+        """What the head reads of every instance: `[B, N, D]`."""
+        del mask_BxNxL, train
+        return self.network.separate(h)
+
     def classify(self, h: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         del mask_BxNxL, train
         return self.network.unmix(h)

@@ -41,6 +41,10 @@ class Network(nn.Module):
         """States of the mixed inputs `[B, N, L]` or `[B, N, L, F]`; the first axis is that of the groups."""
         raise NotImplementedError
 
+    def features(self, h: Array, mask_BxNxL: Array, train: bool = False) -> Array:
+        """The state of every instance from which it is classified: `[B, N, D]`."""
+        raise NotImplementedError
+
     def classify(self, h: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """Class logits of every instance: `[B, N, C]`, float32."""
         raise NotImplementedError

@@ -115,19 +115,23 @@ class Multiplexed(nn.Module):
             )
         return mixed
 
+    def separate(self, h_B: Array) -> Array:
+        """The states of all instances before the head, `[B, N, *unmixed]`, of one output of the backbone; errors as `__call__`."""
+        if self.demux is None:
+            return h_B[:, None]
+        expected = (h_B.shape[0], self.num_instances)
+        z_BxN = self._fitting("demux", self.demux, h_B)
+        if _shape_of(z_BxN)[:2] != expected:
+            raise InputError(
+                f"The demux {_name(self.demux)} must give the states of all instances: of the backbone's output {list(h_B.shape)} "
+                f"one array [{expected[0]}, {expected[1]}, ...], but it gave {_shape(z_BxN)}. Its own num_instances must be "
+                f"{expected[1]} too."
+            )
+        return z_BxN
+
     def unmix(self, h_B: Array) -> Array:
         """The outputs of all instances, `[B, N, *out]`, of one output of the backbone, `[B, *out]`; errors as `__call__`."""
-        expected = (h_B.shape[0], self.num_instances)
-        if self.demux is None:
-            z_BxN = h_B[:, None]
-        else:
-            z_BxN = self._fitting("demux", self.demux, h_B)
-            if _shape_of(z_BxN)[:2] != expected:
-                raise InputError(
-                    f"The demux {_name(self.demux)} must give the states of all instances: of the backbone's output {list(h_B.shape)} "
-                    f"one array [{expected[0]}, {expected[1]}, ...], but it gave {_shape(z_BxN)}. Its own num_instances must be "
-                    f"{expected[1]} too."
-                )
+        z_BxN = self.separate(h_B)
         if self.head is None:
             return z_BxN
         over_instances: Any = nn.vmap(

@@ -81,8 +81,12 @@ class Plan:
     @functools.cached_property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a global batch."""
+        return self.shapes_of(self.config.batch_groups)
+
+    def shapes_of(self, groups: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a global batch of so many groups."""
         fmt, where = self.format, sharding.batch_sharding(self.mesh)
-        rows = (self.config.batch_groups, self.config.num_instances)
+        rows = (groups, self.config.num_instances)
         shapes = {
             "inputs": (rows + fmt.input_shape, fmt.input_dtype),
             "mask": ((*rows, fmt.length), "int32"),
@@ -136,17 +140,19 @@ class Plan:
         return content.hexdigest()
 
     @property
-    def peak_share(self) -> float | None:
-        """Share of the machine's peak that one update in a second is; None where the peak is not known."""
-        peak = flops.peak(self.mesh.devices.flat[0])
-        if peak is None:
-            return None
+    def model_flops(self) -> float:
+        """Floating-point operations of one update, all devices together, by the usual convention (`flops.training_flops`)."""
         keys = {name: jax.eval_shape(lambda: jax.random.key(0)) for name in ("dropout", "corruption")}
-        done = flops.training_flops(
+        return flops.training_flops(
             lambda params, batch, rngs: self.objective(params, batch, rngs, True),
             *(self.abstract.params, self.batch_shapes, keys),
         )
-        return done / (peak * self.mesh.size)
+
+    @property
+    def peak_share(self) -> float | None:
+        """Share of the machine's peak that one update in a second is; None where the peak is not known."""
+        peak = flops.peak(self.mesh.devices.flat[0])
+        return None if peak is None else self.model_flops / (peak * self.mesh.size)
 
 
 def prepare(config: Any, run: Path | None = None) -> Plan:

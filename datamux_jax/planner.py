@@ -1,104 +1,204 @@
-"""What a training step would need on a machine that is not there: compiled ahead of time for a TPU topology, never run.
+"""What a step would need on a machine that is not there: compiled ahead of time for a TPU topology, never run.
 
-The step is built on the path of a real run; data and checkpoints are not needed. Numbers are the compiler's, not measured.
+The step is the one that a real run jits, built on the same path; data and checkpoints are not needed. Numbers are estimates, mostly
+the compiler's own; none is measured. Without libtpu what the shardings and the shapes tell is left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
-from datamux_jax import sharding
+from datamux_jax import flops, inference, predict, scoring, sharding
 from datamux_jax.config import validate
 from datamux_jax.data.pipeline import CORPORA, Format, format_of
 from datamux_jax.data.subword_models import TRAINERS
 from datamux_jax.data.tokenizers import tokens_behind
-from datamux_jax.errors import InputError
+from datamux_jax.errors import InputError, choose
 from datamux_jax.plan import Plan, assemble
+from datamux_jax.program import Collective, Program
+from datamux_jax.topology import HOST_CHIPS, HOST_SPEED, Chip, NoCompiler, Topology, devices_of
 
-# Memory of a chip in bytes, from Google's documentation of the generations.
-CHIP_MEMORY = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+BY_CYCLES = "the compiler's cycles"
+BY_ROOFLINE = "roofline of operations and bytes"
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of communication of a compiled step.
+class Times:
+    """Estimated seconds of one step.
 
     Attributes:
-      kind: an entry of `COLLECTIVES`.
-      shape: of what arrives on a chip, as the compiler writes it (`f32[768,3072]`); several if they travel together.
-      count: how many such operations the program has.
-      bytes: of one.
-      in_loop: it stands in a loop, and runs as often as that.
+      total: computation and what communication is not hidden behind it.
+      computing: the sum of the compiler's cycles over the schedule, loops multiplied, by the clock, and for instructions without
+        (gathers, sorts) their results, written and read once at the speed of the memory; or a roofline.
+      waiting: communication that nothing overlaps.
+      overlapped: communication while other work runs.
+      optimal: the compiler's `optimal_seconds`, the sum over instructions of the larger of operations by peak and bytes by memory
+        speed; None for programs with loops, whose bodies it counts once.
+      source: `BY_CYCLES` or `BY_ROOFLINE`: where `computing` comes from.
     """
 
-    kind: str
-    shape: str
-    count: int
-    bytes: int
-    in_loop: bool
+    total: float
+    computing: float
+    waiting: float
+    overlapped: float
+    optimal: float | None
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The compiler's view of one step on one chip.
+    """One step on one device.
 
     Attributes:
-      devices: number of chips.
-      memory: bytes a chip needs, by what for, and `total`.
-      capacity: bytes that a chip has; None where it is not known.
-      flops: floating-point operations a chip.
-      seconds: the compiler's own guess of the step time; None if it makes none.
+      devices: number of devices.
+      instances: that a step handles, all devices together.
+      memory: bytes a device needs, by what for, and `total`.
+      capacity: bytes that a device has; None where it is not known.
+      flops: floating-point operations of the matrix products on a device, what is computed again included.
+      times: None if nothing gives a time.
       collectives: communication, largest first.
+      positions: of an example.
+      parameters: of the network, all devices together, each once.
+      compiled: False for what is known without a compiler: `memory` is that of parameters, optimizer and batch alone, and `flops`
+        those of the model.
     """
 
     devices: int
+    instances: int
     memory: dict[str, int]
     capacity: int | None
     flops: float
-    seconds: float | None
+    times: Times | None
     collectives: list[Collective]
+    positions: int = 0
+    parameters: int = 0
+    compiled: bool = True
+
+    @property
+    def left(self) -> int:
+        """Bytes that are left on a device; below 0, those that lack. 0 where the capacity is not known."""
+        return self.capacity - self.memory["total"] if self.capacity else 0
+
+    @property
+    def rate(self) -> float | None:
+        """Instances a second, all devices together."""
+        return self.instances / self.times.total if self.times else None
 
 
-def topology_devices(topology: str) -> Sequence[Any]:
-    """The chips of a TPU topology such as `v5e:16x16`.
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A kind of step.
 
-    Raises:
-      InputError: libtpu is not installed, or does not know the topology.
+    Attributes:
+      mesh: of the devices, for a config; `launch.train` follows `config.mesh`, the others put all devices along `data`.
+      groups: of a batch.
+      function: the jitted function and its arguments, as shapes with shardings.
+      flops: of the model, all devices together.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Elsewhere than on Google Cloud it would ask for metadata, and wait.
-    os.environ.setdefault(
-        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-    )  # Nothing is run: other processes may plan, or train, beside this one.
-    from jax.experimental import topologies
 
-    try:
-        return topologies.get_topology_desc(topology, "tpu").devices
-    except Exception as error:  # libtpu raises what its C++ raises.
-        missing = "libtpu" in str(error).lower() and "not" in str(error).lower()
-        problem = "libtpu is not installed" if missing else " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--topology={topology}: {problem}. Install libtpu (pip install libtpu), and name a topology as GENERATION:AxB[xC], such "
-            "as v5e:16x16, v4:4x4x8, v5p:4x4x4 or v6e:8x8."
-        ) from error
+    mesh: Callable[[Any, Any], Any]
+    groups: Callable[[Plan], int]
+    function: Callable[[Plan], tuple[Any, tuple[Any, ...]]]
+    flops: Callable[[Plan], float]
 
 
-def plan_for(config: Any, devices: Sequence[Any]) -> Plan:
-    """A plan on devices that are not there. Running text need not be there either: a trained vocabulary is as large as asked for.
+def _key_shape() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _evaluation(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
+    batch = {name: shape for name, shape in plan.shapes_of(_eval_groups(plan)).items() if name != "teacher"}
+    return scoring.scoring_step(plan.config, plan.model, plan.generator), (plan.abstract.params, batch, _key_shape())
+
+
+def _prediction(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
+    batch = plan.shapes_of(_eval_groups(plan))
+    objective = plan.config.objective
+    return predict.forward(plan.model, objective), (plan.abstract.params, {name: batch[name] for name in ("inputs", "mask")})
+
+
+def _eval_groups(plan: Plan) -> int:
+    return sharding.whole_groups(plan.config.eval.batch_groups, plan.mesh)
+
+
+def _forward_flops(function: Callable[[Plan], tuple[Any, tuple[Any, ...]]]) -> Callable[[Plan], float]:
+    def count(plan: Plan) -> float:
+        call, args = function(plan)
+        return flops.matmul_flops(call, *args)
+
+    return count
+
+
+def _all_data(config: Any, devices: Any) -> Any:
+    del config
+    return sharding.inference_mesh(devices)
+
+
+STEPS = {
+    "train": Step(
+        lambda config, devices: sharding.make_mesh(config, config.batch_groups, devices),
+        lambda plan: plan.config.batch_groups,
+        lambda plan: (plan.jitted_step(), (plan.abstract, plan.batch_shapes)),
+        lambda plan: plan.model_flops,
+    ),
+    "evaluate": Step(_all_data, _eval_groups, _evaluation, _forward_flops(_evaluation)),
+    "predict": Step(_all_data, _eval_groups, _prediction, _forward_flops(_prediction)),
+}
+
+
+def check(config: Any, step: str, topology: Topology) -> None:
+    """Checks, before anything is built, that a step of `config` can be planned for a machine.
 
     Raises:
-      InputError: the config does not fit itself, or the devices.
+      InputError: the config does not fit itself, its mesh or batch not the machine, or it has no such step.
     """
     validate(config)
-    mesh = sharding.make_mesh(config, config.batch_groups, devices)
+    choose(STEPS, step, "The step --step=")
+    data = mesh_sizes(config, step, topology)[0]
+    if data % topology.slices:
+        raise InputError(
+            f"mesh.data = {data} does not divide over --slices={topology.slices}. Slices are connected by a slow network, which only "
+            f"the axis data crosses: make it a multiple of {topology.slices}."
+        )
+    if step == "predict" and config.objective not in inference.OBJECTIVES:
+        raise InputError(
+            f"--step=predict needs a task, but objective = {config.objective!r} has no predictions. Plan a config of "
+            f"{', '.join(inference.OBJECTIVES)}, or --step=train or evaluate."
+        )
+
+
+def mesh_sizes(config: Any, step: str, topology: Topology) -> tuple[int, ...]:
+    """Sizes of the mesh `(data, fsdp, tensor)` of a step on a machine.
+
+    Raises:
+      InputError: the mesh of a training step, or its batch, does not fit the machine.
+    """
+    if step != "train":
+        return topology.devices, 1, 1
+    return sharding.mesh_sizes(config, config.batch_groups, topology.devices)
+
+
+def plan_for(config: Any, topology: Topology, step: str = "train") -> Plan:
+    """A plan on devices that are not there; without libtpu, on a mesh without devices.
+
+    Running text need not be there either: a trained vocabulary is as large as asked for.
+
+    Raises:
+      InputError: the config does not fit itself, or the machine.
+    """
+    check(config, step, topology)
+    try:
+        mesh = STEPS[step].mesh(config, devices_of(topology))
+    except NoCompiler:
+        mesh = sharding.abstract_mesh(mesh_sizes(config, step, topology))
     return assemble(config, _format(config), mesh)
 
 
@@ -110,98 +210,114 @@ def _format(config: Any) -> Format:
     return Format((), data.length, vocab_size=size if config.demux.name == "index" else data.vocab_size, tokens=tokens)
 
 
-def estimate(plan: Plan, topology: str = "") -> Estimate:
-    """Compiles the training step of a plan for its devices.
+def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") -> Estimate:
+    """Compiles a step of a plan for its devices; if there are none, reckons what is known without a compiler.
+
+    Args:
+      plan: from `plan_for`.
+      topology: the machine; None for devices that are there, of which capacity and speed are not known.
+      step: key of `STEPS`.
 
     Raises:
-      InputError: the compiler refuses it; most often it does not fit into memory.
+      InputError: the compiler refuses the step; most often it does not fit into memory.
     """
-    lowered = plan.jitted_step().lower(plan.abstract, plan.batch_shapes)
+    if isinstance(plan.mesh, jax.sharding.AbstractMesh):
+        return _uncompiled(plan, topology, step)
+    function, args = STEPS[step].function(plan)
+    # Evaluation is traced for the mesh by its caller, the training step by itself.
+    with sharding.on_mesh(plan.mesh) if step == "evaluate" else contextlib.nullcontext():
+        lowered = function.lower(*args)
     try:
-        compiled = lowered.compile()
+        with _no_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-        why = f"it needs {found[1]} of the {found[2]} that a chip has" if found else " ".join(str(error).split())[:300]
-        raise InputError(
-            f"The step does not compile for {topology or 'these devices'}: {why}. Use more chips, a larger mesh.fsdp or mesh.tensor, "
-            "accumulation, remat = 'full', or fewer batch_groups."
-        ) from error
+        raise _refused(error, topology) from error
     used = compiled.memory_analysis()
+    state = "parameters, optimizer and batch" if step == "train" else "parameters and batch"
     memory = {
-        "parameters and optimizer": used.argument_size_in_bytes,
+        state: used.argument_size_in_bytes,
         "activations and temporaries": used.temp_size_in_bytes,
         "outputs": used.output_size_in_bytes - used.alias_size_in_bytes,
         "program": used.generated_code_size_in_bytes,
     }
     memory["total"] = sum(memory.values())
-    cost = compiled.cost_analysis() or {}
-    seconds = cost.get("optimal_seconds", 0.0)
+    program = Program.read(compiled.as_text())
+    found = program.collectives()
     return Estimate(
         devices=plan.mesh.size,
+        instances=STEPS[step].groups(plan) * plan.config.num_instances,
         memory=memory,
-        capacity=CHIP_MEMORY.get(topology.partition(":")[0]),
-        flops=cost.get("flops", 0.0),
-        seconds=seconds if seconds > 0 else None,
-        collectives=collectives(compiled.as_text()),
+        capacity=topology.chip.memory if topology else None,
+        flops=program.flops(),
+        times=_times(program, compiled.cost_analysis() or {}, found, topology.chip) if topology else None,
+        collectives=found,
+        positions=plan.format.length,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params)),
     )
 
 
-def collectives(program: str) -> list[Collective]:
-    """The communication in the text of a compiled program, equal operations counted together, largest first."""
-    pattern = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
-    counts: dict[tuple[str, str, bool], int] = {}
-    seen: set[str] = set()
-    loop_bodies = set(re.findall(r"body=%?([\w.-]+)", program))
-    computation = ""
-    for line in program.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            computation = header[1]
-        found = pattern.search(line)
-        if not found:
-            continue
-        kind, number = found[2], re.search(r"channel_id=(\d+)", line)
-        name = number[1] if number else line
-        if computation.startswith("all-reduce-scatter"):  # What TPUs call a reduce-scatter: a sum of which a part is kept.
-            kind, name = "reduce-scatter", computation
-        if name in seen:  # Overlapped with computation, one operation stands in several places of the program.
-            continue
-        seen.add(name)
-        arrays = [f"{kind}[{dims}]" for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", found[1]) if kind in BYTES]
-        if found[3] and kind != "all-reduce":
-            # An asynchronous start gives what it takes and what it makes; the larger one is what arrives.
-            arrays = [max(arrays, key=shape_bytes)]
-        key = (kind, " ".join(sorted(arrays, key=shape_bytes, reverse=True)), computation in loop_bodies)
-        counts[key] = counts.get(key, 0) + 1
-    found_all = [Collective(kind, shape, count, shape_bytes(shape), loop) for (kind, shape, loop), count in counts.items()]
-    return sorted(found_all, key=lambda one: one.count * one.bytes, reverse=True)
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Turns JAX's cache of compiled programs off: one for a machine that is not there cannot be read back."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # It remembers whether it is used.
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
-def shape_bytes(shape: str) -> int:
-    """Bytes of `f32[768,3072]`, or of several such shapes."""
-    found = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    return sum(BYTES[kind] * math.prod(int(size) for size in dims.split(",") if size) for kind, dims in found)
+def _refused(error: Exception, topology: Topology | None) -> InputError:
+    found = re.search(r"Used (\S+) of (\S+) hbm\. Exceeded hbm capacity by (\S+?)\.?\s", str(error))
+    why = " ".join(str(error).split())[:300]
+    if found:
+        why = f"it needs {found[1]} of the {found[2]} that a device has, {found[3]} too much"
+    return InputError(
+        f"The step does not compile for {topology or 'these devices'}: {why}. Use more chips, a larger mesh.fsdp or mesh.tensor, "
+        "accumulation, remat = 'full', or fewer batch_groups."
+    )
 
 
-def table(plan: Plan, found: Estimate, largest: int = 12) -> str:
-    """An estimate for people."""
-    config = plan.config
-    mesh = ", ".join(f"{axis} = {size}" for axis, size in plan.mesh.shape.items())
-    lines = [
-        f"{found.devices} chips ({mesh}); {config.batch_groups} groups of N = {config.num_instances}, {plan.format.length} positions"
-    ]
-    lines += [f"  {name:<28} {size / 2**30:8.2f} GiB a chip" for name, size in found.memory.items()]
-    if found.capacity:
-        left = found.capacity - found.memory["total"]
-        verdict = f"fits, {left / 2**30:.2f} GiB left" if left >= 0 else f"does not fit, by {-left / 2**30:.2f} GiB"
-        lines.append(f"  {'of':<28} {found.capacity / 2**30:8.2f} GiB: {verdict}")
-    lines.append(f"  {'floating-point operations':<28} {found.flops / 1e12:8.2f} TFLOP a chip")
-    if found.seconds:
-        rate = config.batch_groups * config.num_instances / found.seconds
-        lines.append(f"  {'step (compiler estimate)':<28} {1000 * found.seconds:8.1f} ms, {rate:,.0f} instances/s")
-    lines.append(f"Collectives of a step ({sum(one.count for one in found.collectives)}), largest first:")
-    for one in found.collectives[:largest]:
-        loop = ", in a loop" if one.in_loop else ""
-        first, _, others = one.shape.partition(" ")
-        shape = first + (f" and {len(others.split())} more" if others else "")
-        lines.append(f"  {one.count:>4} x {one.kind:<18} {shape:<32} {one.bytes / 2**20:9.2f} MiB{loop}")
-    return "\n".join(lines)
+def _times(program: Program, cost: dict[str, float], communication: list[Collective], chip: Chip) -> Times | None:
+    """The best available guess of the time: cycles; a roofline, where the program has none."""
+    between = HOST_SPEED / HOST_CHIPS
+    waits = {
+        overlapped: sum(one.seconds(chip.link_speed, between) for one in communication if one.overlapped == overlapped)
+        for overlapped in (True, False)
+    }
+    optimal = None
+    if "optimal_seconds" in cost and not program.loops():
+        optimal = cost["optimal_seconds"] + program.unknown()
+    cycles = program.cycles()
+    computing, source = cycles / chip.clock + 2 * program.unpriced_bytes() / chip.memory_speed, BY_CYCLES
+    if not cycles:
+        moved = cost["bytes accessed"] / chip.memory_speed if "bytes accessed" in cost else 0.0
+        computing, source = max(program.flops() / chip.flops, moved), BY_ROOFLINE
+    total = max(computing, waits[True]) + waits[False]
+    return Times(total, computing, waits[False], waits[True], optimal, source) if total else None
+
+
+def _uncompiled(plan: Plan, topology: Topology | None, step: str) -> Estimate:
+    """What shapes and shardings alone tell."""
+    arguments = STEPS[step].function(plan)[1]
+
+    def held(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * (8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
+
+    state = "parameters, optimizer and batch" if step == "train" else "parameters and batch"
+    size = sum(held(leaf) for leaf in jax.tree.leaves(arguments))
+    return Estimate(
+        devices=plan.mesh.size,
+        instances=STEPS[step].groups(plan) * plan.config.num_instances,
+        memory={state: size, "total": size},
+        capacity=topology.chip.memory if topology else None,
+        flops=STEPS[step].flops(plan) / plan.mesh.size,
+        times=None,
+        collectives=[],
+        positions=plan.format.length,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params)),
+        compiled=False,
+    )

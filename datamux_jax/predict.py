@@ -29,15 +29,13 @@ class Predictor(Inference):
                 f"{run.path} is a run with objective = {objective!r}: its classifier was never trained. Load a run with "
                 f"objective = {' or '.join(map(repr, OBJECTIVES))}, which may start from this one through init_from."
             )
-        # Every device takes the same number of groups.
-        groups = -(-run.config.eval.batch_groups // run.mesh.size) * run.mesh.size
+        groups = sharding.whole_groups(run.config.eval.batch_groups, run.mesh)
         identity = f"{run.path}, step {run.step}, {cache.digest(workdir.plain(run.config))}"
         super().__init__(
             run.format, objective, instances=run.config.num_instances, groups=groups, cut=run.model.cut, identity=identity
         )
         self.run = run
-        model = run.model
-        self.forward = jax.jit(lambda params, batch: task_logits(model, objective, params, batch["inputs"], batch["mask"]))
+        self.forward = forward(run.model, objective)
 
     def dispatch(self, inputs: np.ndarray, mask: np.ndarray) -> jax.Array:
         return self.forward(self.run.params, sharding.put_batch({"inputs": inputs, "mask": mask}, self.run.mesh))
@@ -47,6 +45,11 @@ class Predictor(Inference):
         batches = pipeline.eval_batches(arrays, groups=self.groups, instances=self.instances, seed=0, shuffle=shuffle)
         for rows, batch in batches:
             yield rows, sharding.put_batch(batch, self.run.mesh)
+
+
+def forward(model: Network, objective: str) -> Any:
+    """The jitted function `(params, batch) -> logits` of prediction, see `task_logits`."""
+    return jax.jit(lambda params, batch: task_logits(model, objective, params, batch["inputs"], batch["mask"]))
 
 
 def task_logits(model: Network, objective: str, params: Any, inputs: jax.Array, mask: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from datamux_jax.errors import InputError
 
@@ -26,6 +27,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
 )
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+AXIS_TYPES = (AxisType.Auto,) * 3
 
 
 def make_mesh(config: Any, groups: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -37,12 +39,20 @@ def make_mesh(config: Any, groups: int, devices: Sequence[Any] | None = None) ->
       devices: default: all of this run; a planner passes those of a machine that is not there.
 
     Raises:
+      InputError: as `mesh_sizes`; or `data` does not divide over the slices of a TPU.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    return _mesh(mesh_sizes(config, groups, len(devices)), devices)
+
+
+def mesh_sizes(config: Any, groups: int, count: int) -> tuple[int, ...]:
+    """Sizes of the axes of `config.mesh` on `count` devices; arguments as of `make_mesh`.
+
+    Raises:
       InputError: the axes do not multiply to the number of devices, or `groups` does not divide.
     """
     sizes = {axis: config.mesh[axis] for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
-    devices = list(jax.devices() if devices is None else devices)
-    count = len(devices)
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) == 1 and fixed > 0 and count % fixed == 0:
         sizes[free[0]] = count // fixed
@@ -59,12 +69,40 @@ def make_mesh(config: Any, groups: int, devices: Sequence[Any] | None = None) ->
             f"A batch of {groups} groups{micro} does not divide over data x fsdp = {shards} devices. Choose a multiple of "
             f"{shards * config.accumulation}."
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+    return tuple(sizes.values())
 
 
-def inference_mesh() -> Mesh:
-    """All devices along `data`: parameters replicated, groups split."""
-    return jax.make_mesh((jax.device_count(), 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+def _mesh(sizes: tuple[int, ...], devices: list[Any]) -> Mesh:
+    """A mesh whose neighbours are neighbours in the machine, where it has wires; TPU slices, which have none, lie along `data`."""
+    slices = len({device.slice_index for device in devices}) if hasattr(devices[0], "slice_index") else 1
+    if slices == 1:
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif sizes[0] % slices:
+        raise InputError(
+            f"mesh.data = {sizes[0]} does not divide over {slices} slices. Slices are connected by a slow network, which only the axis "
+            f"data crosses: make it a multiple of {slices}."
+        )
+    else:
+        inside = (sizes[0] // slices, *sizes[1:])
+        arranged = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=AXIS_TYPES)
+
+
+def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
+    """A mesh without devices, to reckon what each would hold."""
+    return AbstractMesh(sizes, AXES, axis_types=AXIS_TYPES)
+
+
+def inference_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices (default: of this run) along `data`: parameters replicated, groups split."""
+    devices = list(jax.devices() if devices is None else devices)
+    return _mesh((len(devices), 1, 1), devices)
+
+
+def whole_groups(groups: int, mesh: Mesh) -> int:
+    """`groups` of a batch, rounded up so that every shard of the batch has the same number."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-groups // shards) * shards
 
 
 def unbox(tree: Any) -> Any:

@@ -12,13 +12,14 @@ from scipy.signal import correlate2d
 
 import datamux_jax
 from configs import vision
-from datamux_jax import convert, experiment, export, image_mixing, losses, optimizer
+from datamux_jax import analysis, convert, experiment, export, image_mixing, losses, optimizer
 from datamux_jax.backbones.vision import MLP, LeNet, halved
 from datamux_jax.build import count_params
 from datamux_jax.config import validate
 from datamux_jax.data import images, sources
 from datamux_jax.errors import InputError
 from datamux_jax.plan import prepare
+from datamux_jax.runs import load_run
 from tests.conftest import small_config
 from tests.tfds_tasks_test import prepare as prepare_tfds
 
@@ -328,6 +329,18 @@ def test_a_run_is_trained_evaluated_measured_and_used(finished):
     np.testing.assert_allclose(exported.logits(eight), predictor.logits(eight), atol=1e-5)
     with pytest.raises(InputError, match="reads feature vectors; the published code reads tokens only"):
         convert.export_run(finished / "n2", finished / "hf")
+
+
+def test_a_look_inside_leaves_out_what_images_lack(finished, tmp_path):
+    contents = analysis.analyze(finished / "n2", output=tmp_path, examples=20, companions=2)
+    assert "no Transformer" in contents["layers"]["left_out"]
+    assert "no vocabulary head" in contents["retrieval"]["left_out"]
+    assert len(contents["interference"]["accuracy_per_slot"]) == 2
+    assert contents["projection"]["demultiplexed"]["points"] == 40
+    assert {path.name for path in tmp_path.glob("*.png")} == {"analysis-interference.png", "analysis-projection.png"}
+    run = load_run(finished / "n2")
+    with pytest.raises(InputError, match="layers: This network is no Transformer"):
+        analysis.layer_statistics(run, analysis.examples_of(run, "test", 5))
 
 
 @pytest.mark.slow

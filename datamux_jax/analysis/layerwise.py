@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 
 from datamux_jax import metrics, scoring
+from datamux_jax.analysis.parts import transformer
 from datamux_jax.data.pipeline import Arrays
 from datamux_jax.layers import Block
 from datamux_jax.model import MultiplexedTransformer
@@ -34,8 +35,8 @@ def layer_statistics(run: Run, arrays: Arrays, *, groupings: int = 1, label: str
       MUX-PLMs reports); `entropy`, of attention in nats, mean over heads; `largest_entropy`, that of uniform attention, the log of the
       number of positions that may be attended to.
     """
-    layers = run.model.spec.num_layers
-    model = unrolled(run.model)
+    model = unrolled(transformer(run, "layers"))
+    layers = model.spec.num_layers
     step = jax.jit(lambda params, batch, key: (layer_sums(model, params, batch), None))
     progress = Progress(label, groupings)
     totals: metrics.Totals = {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from datamux_jax import sharding
 from datamux_jax.data.pipeline import Arrays
 from datamux_jax.errors import InputError
+from datamux_jax.model import MultiplexedTransformer
 from datamux_jax.runs import Run
 
 # Part -> its heading in reports.
@@ -19,14 +21,28 @@ PARTS = {
 
 def left_out(run: Run) -> dict[str, str]:
     """Part -> why it has no meaning for `run`, a sentence; only those that have none."""
+    reasons = {}
+    if not isinstance(run.model, MultiplexedTransformer):
+        reasons["layers"] = "This network is no Transformer: it has no attention, and no layers that are all alike."
     if run.config.num_instances == 1:
-        reason = "A run with N = 1 mixes nothing: no instance has companions, and nothing is unmixed."
-        return {part: reason for part in PARTS if part != "layers"}
-    if not run.model.vocabulary_head:
-        return {
-            "retrieval": "This network has no vocabulary head: it reads features, not tokens, so no token can be read back."
-        }
-    return {}
+        alone = "A run with N = 1 mixes nothing: no instance has companions, and nothing is unmixed."
+        return reasons | {part: alone for part in PARTS if part != "layers"}
+    if not (isinstance(run.model, MultiplexedTransformer) and run.model.vocabulary_head):
+        reasons["retrieval"] = (
+            "This network has no vocabulary head: it reads features, not tokens, so no token can be read back."
+        )
+    return reasons
+
+
+def transformer(run: Run, part: str) -> MultiplexedTransformer:
+    """The network of `run`, for a part that only Transformers have.
+
+    Raises:
+      InputError: it is none.
+    """
+    if not isinstance(run.model, MultiplexedTransformer):
+        raise _without(run, part)
+    return run.model
 
 
 def check_part(run: Run, part: str, arrays: Arrays) -> None:
@@ -35,8 +51,8 @@ def check_part(run: Run, part: str, arrays: Arrays) -> None:
     Raises:
       InputError: it has no meaning for `run`, or there are too few examples.
     """
-    if reason := left_out(run).get(part):
-        raise InputError(f"analysis of {run.path}, {PARTS[part].lower()}: {reason} Leave this part out, or name another run.")
+    if part in left_out(run):
+        raise _without(run, part)
     check_examples(run, len(arrays["inputs"]))
 
 
@@ -52,7 +68,7 @@ def check_examples(run: Run, count: int) -> None:
 
 def eval_groups(run: Run) -> int:
     """Groups of a batch: every device takes the same number."""
-    return -(-run.config.eval.batch_groups // run.mesh.size) * run.mesh.size
+    return sharding.whole_groups(run.config.eval.batch_groups, run.mesh)
 
 
 def rotations(examples: int, instances: int, rng: np.random.Generator) -> np.ndarray:
@@ -64,3 +80,9 @@ def rotations(examples: int, instances: int, rng: np.random.Generator) -> np.nda
     order = rng.permutation(examples)
     shifts = rng.choice(examples, instances, replace=False)
     return order[(np.arange(examples)[:, None] + shifts) % examples]
+
+
+def _without(run: Run, part: str) -> InputError:
+    return InputError(
+        f"analysis of {run.path}, {PARTS[part].lower()}: {left_out(run)[part]} Leave this part out, or name another run."
+    )

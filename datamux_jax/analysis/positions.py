@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from datamux_jax import losses, metrics, scoring
-from datamux_jax.analysis.parts import check_part
+from datamux_jax.analysis.parts import check_part, transformer
 from datamux_jax.data.pipeline import Arrays
 from datamux_jax.model import call
 from datamux_jax.progress import Progress
@@ -33,11 +33,12 @@ def retrieval_by_position(run: Run, arrays: Arrays, *, groupings: int = 1, label
       InputError: N = 1, no vocabulary head, or too few examples.
     """
     check_part(run, "retrieval", arrays)
+    model = transformer(run, "retrieval")
 
     def sums(params: Any, batch: Any, key: jax.Array) -> Any:
         del key
-        h = call(run.model, params, "encode", batch["inputs"], batch["mask"])
-        read, _, counted = losses.read_back(run.model, params, h, batch)
+        h = call(model, params, "encode", batch["inputs"], batch["mask"])
+        read, _, counted = losses.read_back(model, params, h, batch)
         right = (read == batch["inputs"][..., : read.shape[2]]) * counted
         return {"retrieval": (right.sum(0), counted.sum(0))}, None
 

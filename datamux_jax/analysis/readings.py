@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from datamux_jax import losses
 from datamux_jax.layers import Array
-from datamux_jax.model import MultiplexedTransformer, call
+from datamux_jax.model import MultiplexedTransformer, Network, call
 from datamux_jax.runs import Run
 
 
@@ -43,6 +43,13 @@ def sequence_reading(model: MultiplexedTransformer, params: Any, batch: Any, h_B
     weight = jnp.ones((*guess.shape, 1))
     label = batch["label"][..., None]
     return Reading(mixed[:, None], states[:, :, None], weight, guess[..., None], label, label)
+
+
+def image_reading(model: Network, params: Any, batch: Any, h_BxD: Array) -> Reading:
+    states = call(model, params, "features", h_BxD, batch["mask"])
+    guess = call(model, params, "classify", h_BxD, batch["mask"]).argmax(-1)
+    label = batch["label"][..., None]
+    return Reading(h_BxD[:, None], states[:, :, None], jnp.ones(label.shape), guess[..., None], label, label)
 
 
 def tag_reading(model: MultiplexedTransformer, params: Any, batch: Any, h_BxLxD: Array) -> Reading:
@@ -79,7 +86,7 @@ READINGS: dict[str, tuple[Callable[..., Reading], str]] = {
 
 def reader(run: Run) -> Callable[[Any, Any], Reading]:
     """The jitted function `(params, batch) -> Reading` of a run; states are float32."""
-    read, _ = READINGS[run.config.objective]
+    read = READINGS[run.config.objective][0] if isinstance(run.model, MultiplexedTransformer) else image_reading
 
     def reading(params: Any, batch: Any) -> Reading:
         found = read(run.model, params, batch, call(run.model, params, "encode", batch["inputs"], batch["mask"]))

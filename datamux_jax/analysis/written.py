@@ -14,6 +14,7 @@ from datamux_jax.analysis.layerwise import layer_statistics
 from datamux_jax.analysis.parts import PARTS, check_examples, left_out
 from datamux_jax.analysis.points import Points, projection
 from datamux_jax.analysis.positions import retrieval_by_position
+from datamux_jax.data.pipeline import Arrays
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import examples_of
 from datamux_jax.losses import TASK_LOSSES
@@ -72,18 +73,22 @@ def analyze(
         "examples": len(arrays["inputs"]),
         "groupings": groupings,
     }
-    contents["layers"] = layer_statistics(run, arrays, groupings=groupings)
-    if plain is not None:
-        of_plain = layer_statistics(plain, arrays, label="layers, N = 1")
-        contents["layers"]["against"] = {"run": str(plain.path), "step": plain.step, **of_plain}
-    else:
-        contents["layers"]["not_against"] = why_not
+    contents["layers"] = part("layers", lambda: _layers(run, plain, why_not, arrays, groupings))
     contents["interference"] = part("interference", lambda: interference(run, arrays, companions=companions))
     contents["retrieval"] = part("retrieval", lambda: retrieval_by_position(run, arrays, groupings=groupings))
     points = None if "projection" in missing else projection(run, arrays)
     contents["projection"] = part("projection", lambda: _summary(points))
     _write(target, run, contents, points)
     return contents
+
+
+def _layers(run: Run, plain: Run | None, why_not: str, arrays: Arrays, groupings: int) -> dict[str, Any]:
+    """Statistics of the layers of `run`, beside those of the plain one."""
+    own: dict[str, Any] = {**layer_statistics(run, arrays, groupings=groupings)}
+    if plain is None:
+        return own | {"not_against": why_not}
+    of_plain = layer_statistics(plain, arrays, label="layers, N = 1")
+    return own | {"against": {"run": str(plain.path), "step": plain.step, **of_plain}}
 
 
 def _check_counts(**counts: tuple[int, int]) -> None:
@@ -180,7 +185,8 @@ def _write(folder: Path, run: Run, contents: dict[str, Any], points: tuple[Point
     workdir.write_text(folder / f"{NAME}.md", text)
     drawn = [name for name in PARTS if "left_out" not in contents[name]]
     files = {name: folder / f"{NAME}-{name}.png" for name in drawn}
-    pictures.layers(files["layers"], contents["layers"], f"Layers of {title}", run.config.num_instances)
+    if "layers" in files:
+        pictures.layers(files["layers"], contents["layers"], f"Layers of {title}", run.config.num_instances)
     if "interference" in files:
         pictures.interference(files["interference"], contents["interference"], f"Interference in {title}")
     if "retrieval" in files:
