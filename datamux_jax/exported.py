@@ -40,6 +40,11 @@ def is_export(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def identity(folder: Path) -> str:
+    """The `Inference.identity` of the predictor that was exported into `folder`, from its file alone."""
+    return f"{workdir.read_json(folder / MANIFEST)['identity']}, exported"
+
+
 class ExportedPredictor(Inference):
     """A predictor that was exported, on one device; used as a `Predictor`, with the same predictions.
 
@@ -74,7 +79,7 @@ class ExportedPredictor(Inference):
             instances=manifest["num_instances"],
             groups=manifest["groups"],
             cut=manifest["cut"],
-            identity=f"{manifest['identity']}, exported",
+            identity=identity(folder),
         )
         self.lengths = tuple(manifest["lengths"])
         try:

@@ -1,7 +1,7 @@
 """Files of predictions, written window by window, that survive a kill at any moment: TSV, CSV, JSON lines and Parquet.
 
     OUT.partial     what is written so far (for Parquet as JSON lines, which can be appended to)
-    OUT.state.json  how much of it is good, what for, and whether it is finished
+    OUT.state.json  how much of it is good, what for, and whether it is finished; `counts`: what became of the rows, see `Tally`
     OUT             the complete file
 
 A window is appended and forced to the disk, then the state is replaced. What stands in the file behind the state is part of a
@@ -11,17 +11,19 @@ window that was not finished; it is cut off before prediction goes on.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import fcntl
 import io
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from datamux_jax import workdir
 from datamux_jax.errors import InputError
+from datamux_jax.tally import Tally
 
 Columns = Mapping[str, str]  # Name -> what it holds: "integer", "number", "string", "truth", or "words", a list of strings.
 FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -29,17 +31,15 @@ PARTIAL = ".partial"
 STATE = ".state.json"
 NO_TAG = "_"  # In TSV and CSV, of a word that was cut off.
 PARQUET_ROWS = 16384  # Of a row group.
-NOTHING = {"scored": 0, "truncated": 0, "errors": 0}
 
 
 class Output(Protocol):
-    """Takes rows; `rows`, `counts` and `digest` are those of the windows it holds already."""
+    """Takes rows; `tally` and `digest` are those of the windows it holds already."""
 
-    rows: int
-    counts: dict[str, int]
+    tally: Tally
     digest: str
 
-    def write(self, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], digest: str) -> None: ...
+    def write(self, rows: Sequence[Mapping[str, Any]], tally: Tally, digest: str) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -79,13 +79,13 @@ class Stream:
     """An open binary stream as `Output`, such as standard output: nothing of it can be continued."""
 
     def __init__(self, handle: BinaryIO, columns: Columns, kind: str) -> None:
-        self.rows, self.counts, self.digest = 0, dict(NOTHING), ""
+        self.tally, self.digest = Tally(), ""
         self._handle, self._columns, self._kind = handle, columns, kind
 
-    def write(self, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], digest: str) -> None:
-        self._handle.write(encoded(rows, self._columns, self._kind, header=self.rows == 0))
+    def write(self, rows: Sequence[Mapping[str, Any]], tally: Tally, digest: str) -> None:
+        self._handle.write(encoded(rows, self._columns, self._kind, header=self.tally.rows == 0))
         self._handle.flush()
-        self.rows = counts["rows"]
+        self.tally = tally
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -113,14 +113,12 @@ class OutputFile:
         self._partial = path.with_name(path.name + PARTIAL)
         self._state_file = path.with_name(path.name + STATE)
         self._settings = json.loads(json.dumps(settings))
-        self.rows, self.counts, self.digest, self.finished = 0, dict(NOTHING), "", False
+        self.tally, self.digest, self.finished = Tally(), "", False
         size = 0
         if self._state_file.exists():
             state = workdir.read_json(self._state_file)
-            self._check_settings(state["settings"])
-            counts = state["counts"]
-            self.rows, self.digest, size = counts["rows"], state["digest"], state["bytes"]
-            self.counts = {name: counts[name] for name in NOTHING}
+            _check_settings(path, state["settings"], self._settings, state["settings"].keys() | self._settings.keys())
+            self.tally, self.digest, size = Tally(**state["counts"]), state["digest"], state["bytes"]
             # Killed after the complete file got its name, before the state said so.
             self.finished = path.exists() and (state["finished"] or not self._partial.exists())
         if self.finished:
@@ -139,19 +137,6 @@ class OutputFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _check_settings(self, old: dict[str, Any]) -> None:
-        new = self._settings
-        different = [
-            f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
-        if different:
-            raise InputError(
-                f"--output={self.path} was begun with other settings ({'; '.join(different)}). Give the same to go on with it, or "
-                f"another --output; or remove it with {self._state_file.name} to start anew. Nothing was changed."
-            )
 
     def _open(self, size: int) -> BinaryIO:
         handle = self._partial.open("ab")
@@ -173,20 +158,19 @@ class OutputFile:
         self._save(size, finished=False)
         return handle
 
-    def write(self, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], digest: str) -> None:
+    def write(self, rows: Sequence[Mapping[str, Any]], tally: Tally, digest: str) -> None:
         """Appends a window for good."""
         kind = "jsonl" if self._kind == "parquet" else self._kind
-        self._handle.write(encoded(rows, self._columns, kind, header=self.rows == 0))
+        self._handle.write(encoded(rows, self._columns, kind, header=self.tally.rows == 0))
         self._handle.flush()
         os.fsync(self._handle.fileno())
-        self.rows, self.digest = counts["rows"], digest
-        self.counts = {name: counts[name] for name in NOTHING}
+        self.tally, self.digest = tally, digest
         self._save(self._size(), finished=False)
 
     def finish(self) -> None:
         """Gives the complete file its name."""
         kind = "jsonl" if self._kind == "parquet" else self._kind
-        if self.rows == 0:
+        if self.tally.rows == 0:
             self._handle.write(encoded([], self._columns, kind, header=True))
             self._handle.flush()
         size = self._size()
@@ -206,12 +190,44 @@ class OutputFile:
     def _save(self, size: int, *, finished: bool) -> None:
         state = {
             "settings": self._settings,
-            "counts": {"rows": self.rows, **self.counts},
+            "counts": dataclasses.asdict(self.tally),
             "bytes": size,
             "digest": self.digest,
             "finished": finished,
         }
         workdir.write_json(self._state_file, state)
+
+
+def _check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str]) -> None:
+    different = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in sorted(keys) if old.get(key) != new.get(key)]
+    if different:
+        raise InputError(
+            f"--output={path} was begun with other settings ({'; '.join(different)}). Give the same to go on with it, or another "
+            f"--output; or remove it with {path.name + STATE} to start anew. Nothing was changed."
+        )
+
+
+def complete(path: Path, settings: Mapping[str, Any], model: str) -> Tally | None:
+    """What a complete file holds; known before the model is loaded.
+
+    Args:
+      path: of the file.
+      settings: as for `OutputFile`, those that are known without the model.
+      model: the setting of this name, as it probably is.
+
+    Returns:
+      None if there is something to do, or to say, for which `OutputFile` needs the model.
+
+    Raises:
+      InputError: the file was begun with other `settings`.
+    """
+    state_file = path.with_name(path.name + STATE)
+    if not state_file.exists():
+        return None
+    state = workdir.read_json(state_file)
+    _check_settings(path, state["settings"], settings, settings)
+    whole = state["finished"] and path.exists() and not path.with_name(path.name + PARTIAL).exists()
+    return Tally(**state["counts"]) if whole and state["settings"]["model"] == model else None
 
 
 def check_output(path: Path) -> str:

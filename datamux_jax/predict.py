@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import sharding, workdir
-from datamux_jax.data import cache, pipeline
+from datamux_jax import saved, sharding
+from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError
 from datamux_jax.inference import OBJECTIVES, Inference, Prediction
 from datamux_jax.model import Network, call
@@ -30,7 +30,7 @@ class Predictor(Inference):
                 f"objective = {' or '.join(map(repr, OBJECTIVES))}, which may start from this one through init_from."
             )
         groups = sharding.whole_groups(run.config.eval.batch_groups, run.mesh)
-        identity = f"{run.path}, step {run.step}, {cache.digest(workdir.plain(run.config))}"
+        identity = saved.identity(run.path, run.config, run.step)
         super().__init__(
             run.format, objective, instances=run.config.num_instances, groups=groups, cut=run.model.cut, identity=identity
         )

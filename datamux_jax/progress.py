@@ -34,12 +34,12 @@ class Progress:
 
     Args:
       label: stands at the start of the line.
-      total: number of units of work.
+      total: number of units of work; None where nobody knows: the line has a rate then, and no time left.
       start: units that were done before (a resumed run).
       seconds: shortest time between two lines where stdout is not a terminal.
     """
 
-    def __init__(self, label: str, total: int, start: int = 0, seconds: float = 10.0) -> None:
+    def __init__(self, label: str, total: int | None, start: int = 0, seconds: float = 10.0) -> None:
         self._label, self._total, self._start = label, total, start
         self._terminal = sys.stdout.isatty()
         self._seconds = 0.2 if self._terminal else seconds
@@ -53,12 +53,16 @@ class Progress:
     def update(self, done: int, text: str = "") -> None:
         """Shows `done` units and `text`, if it is time to."""
         now = time.monotonic()
-        if now - self._shown < self._seconds and done < self._total:
+        if now - self._shown < self._seconds and (self._total is None or done < self._total):
             return
         self._shown = now
         rate = (done - self._start) / max(now - self._began, 1e-9)
+        text = "  " + text if text else ""
+        if self._total is None:
+            self._show(f"{self._label}  {done:,}{text}  {rate:,.0f}/s")
+            return
         left = f"  {duration((self._total - done) / rate)} left" if rate > 0 and done < self._total else ""
-        self._show(f"{self._label}  {done}/{self._total}{'  ' + text if text else ''}{left}")
+        self._show(f"{self._label}  {done}/{self._total}{text}{left}")
 
     def close(self) -> None:
         """Ends the line."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datamux_jax import workdir
+from datamux_jax.data import cache
 from datamux_jax.errors import InputError
 
 FOLDER = "checkpoints"
@@ -48,6 +49,11 @@ def chosen_step(run: Path, config: Any = None) -> int | None:
         if scores:
             return max(scores)[1]
     return newest_step(run)
+
+
+def identity(run: Path, config: Any, step: int | None) -> str:
+    """Text that is another one for other parameters: of the run in `run` with its config, at a step."""
+    return f"{run}, step {step}, {cache.digest(workdir.plain(config))}"
 
 
 def record(run: Path, config: Any = None) -> dict[str, Any]:

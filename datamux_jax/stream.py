@@ -21,8 +21,10 @@ from datamux_jax.errors import InputError
 from datamux_jax.inference import Inference, Prediction, Window
 from datamux_jax.output_files import Output
 from datamux_jax.progress import Progress
+from datamux_jax.tally import Tally
 
 WINDOW_CHARACTERS = 1 << 25  # A window ends early when its texts are longer than this together.
+WORD = 32  # Characters that a word counts as besides its own: it is an object, and has a row of logits.
 FEATURES = "features"
 COLUMNS = {
     "classification": {"label": "string", "probability": "number"},
@@ -165,7 +167,7 @@ def blocks(source: Rows, inference: Inference, fields: Fields, *, skip: int, dig
                 raise _changed(source, skip)
             continue
         rows.append(row)
-        characters += sum(len(value) for value in row.values.values())
+        characters += sum(map(_characters, row.values.values()))
         if len(rows) == inference.window or characters >= WINDOW_CHARACTERS:
             yield _block(rows, inference, fields, source.position, hashed.hexdigest())
             rows, characters = [], 0
@@ -173,6 +175,10 @@ def blocks(source: Rows, inference: Inference, fields: Fields, *, skip: int, dig
         raise _changed(source, skip)
     if rows:
         yield _block(rows, inference, fields, source.position, hashed.hexdigest())
+
+
+def _characters(value: Any) -> int:
+    return sum(len(word) + WORD for word in value) if isinstance(value, list) else len(value)
 
 
 def _changed(source: Rows, skip: int) -> InputError:
@@ -265,7 +271,7 @@ def predict_rows(
     ensemble: int = 1,
     buckets: bool = True,
     show: bool = True,
-) -> dict[str, int]:
+) -> Tally:
     """Predicts all rows that `output` does not hold yet.
 
     Args:
@@ -275,21 +281,22 @@ def predict_rows(
       fields: which columns are what.
       ensemble: as for `Inference.logits`.
       buckets: as for `Inference.logits`.
-      show: progress on standard output, where the size of the input is known.
+      show: progress on standard output: of a file, kB and time left; of a stream, rows and their rate.
 
     Returns:
-      Number of `rows` in the output, and of those since the start: `scored`, `truncated` and `errors`.
+      What became of all rows of the output, those before an interruption too.
 
     Raises:
       InputError: the input is another one than before an interruption, or cannot be read to its end.
     """
     waiting: collections.deque[Block] = collections.deque()
-    counts = {"rows": output.rows, **output.counts}
-    progress = Progress("Predicting (kB read)", max(source.size // 1024, 1)) if show and source.size else None
-    first = True
+    total = max(source.size // 1024, 1) if source.size else None
+    label, start = ("Predicting (kB read)", 0) if total else ("Predicting (rows)", output.tally.rows)
+    progress = Progress(label, total, start) if show else None
+    tally, first = output.tally, True
 
     def windows() -> Iterator[Window]:
-        made = blocks(source, inference, fields, skip=output.rows, digest=output.digest)
+        made = blocks(source, inference, fields, skip=output.tally.rows, digest=output.digest)
         for block in background(made):
             waiting.append(block)
             yield block.window
@@ -297,20 +304,19 @@ def predict_rows(
     for logits in inference.outputs(windows(), ensemble=ensemble, buckets=buckets):
         block = waiting.popleft()
         answers = inference.answers(logits) if block.scored else []
-        counts["rows"] += len(block.rows)
-        counts["scored"] += len(block.scored)
-        counts["truncated"] += int(block.window.truncated.sum())
-        counts["errors"] += sum(map(bool, block.errors))
-        output.write(list(_lines(block, answers, fields, inference.objective)), counts, block.digest)
+        cut, problems = int(block.window.truncated.sum()), filter(None, block.errors)
+        tally = tally.plus(rows=len(block.rows), scored=len(block.scored), truncated=cut, problems=problems)
+        output.write(list(_lines(block, answers, fields, inference.objective)), tally, block.digest)
         if progress:
-            progress.update(min(block.position // 1024, max(source.size // 1024, 1) - 1), f"{counts['rows']:,} rows")
+            done = min(block.position // 1024, total - 1) if total else tally.rows
+            progress.update(done, f"{tally.rows:,} rows" if total else "")
             if first:  # What came before is compilation, and rows passed over.
-                progress.restart_clock(block.position // 1024)
+                progress.restart_clock(done)
         first = False
     output.finish()
     if progress:
         progress.close()
-    return counts
+    return tally
 
 
 def _lines(block: Block, answers: list[Any], fields: Fields, objective: str) -> Iterator[dict[str, Any]]:

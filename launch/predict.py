@@ -6,7 +6,10 @@
 Input: TSV, CSV, JSON lines, Parquet or lines of text of any size, or - for standard input. Output: one row for each row of the
 input, in the same order, with its number, prediction, whether the text was longer than the model reads, and what is wrong with the
 row. A row that is wrong does not stop the others. Interrupted, the same command goes on where it was, and the file becomes the same,
-byte for byte.
+byte for byte. A tagger reads lists of words (JSON lines, Parquet) or words between spaces, and gives every word its tag.
+
+The last line says how many rows were read, predicted, cut, and damaged in which way; OUTPUT.state.json has the same numbers, as
+`counts`.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ def open_rows(inference: Inference, fields: Fields) -> Table | Features:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    from datamux_jax import output_files, stream
+    from datamux_jax import output_files
     from datamux_jax.errors import InputError
     from datamux_jax.exported import is_export, load_exported
     from datamux_jax.grouping import check_ensemble
@@ -75,6 +78,11 @@ def main(argv: Sequence[str]) -> None:
     output = None if OUTPUT.value == "-" else Path(OUTPUT.value)
     if output:
         output_files.check_output(output)
+        if done := output_files.complete(output, asked(), identity(Path(WORKDIR.value))):
+            print(f"{output} is complete: {done}")
+            return
+    from datamux_jax import stream
+
     inference: Inference
     if is_export(Path(WORKDIR.value)):
         inference = load_exported(WORKDIR.value)
@@ -90,26 +98,35 @@ def main(argv: Sequence[str]) -> None:
     how: Any = {"ensemble": ENSEMBLE.value, "buckets": BUCKETS.value, "show": output is not None}
     with open_rows(inference, fields) as rows:
         if output is None:
-            stream.predict_rows(inference, rows, output_files.Stream(sys.stdout.buffer, columns, "tsv"), fields, **how)
+            tally = stream.predict_rows(inference, rows, output_files.Stream(sys.stdout.buffer, columns, "tsv"), fields, **how)
+            print(tally, file=sys.stderr)  # Standard output has the rows alone.
             return
-        with output_files.OutputFile(output, columns, settings(inference)) as sink:
+        settings = asked() | {"model": inference.identity, "window": inference.window}
+        with output_files.OutputFile(output, columns, settings) as sink:
             if sink.finished:
-                print(f"{output} is complete: {summary({'rows': sink.rows, **sink.counts})}")
+                print(f"{output} is complete: {sink.tally}")
                 return
-            print(f"{output}: {summary(stream.predict_rows(inference, rows, sink, fields, **how))}")
+            print(f"{output}: {stream.predict_rows(inference, rows, sink, fields, **how)}")
 
 
-def settings(inference: Inference) -> dict[str, Any]:
-    """What decides the content of the output, by flag."""
+def asked() -> dict[str, Any]:
+    """What decides the content of the output, by flag; besides there are the model and its window."""
     named = (WORKDIR, INPUT, FORMAT, HEADER, TEXT, TEXT_PAIR, ID, LABEL, ECHO, ENSEMBLE, BUCKETS)
-    return {flag.name: flag.value for flag in named} | {"model": inference.identity, "window": inference.window}
+    return {flag.name: flag.value for flag in named}
 
 
-def summary(counts: dict[str, int]) -> str:
-    return (
-        f"{counts['rows']:,} rows, {counts['scored']:,} predicted, of which {counts['truncated']:,} were longer than the model reads; "
-        f"{counts['errors']:,} have something wrong, see the column 'error'."
-    )
+def identity(folder: Path) -> str:
+    """The `Inference.identity` of the run or export in `folder`, from its files: unless the checkpoint is damaged.
+
+    Raises:
+      InputError: it is neither.
+    """
+    from datamux_jax import exported, saved, workdir
+
+    if exported.is_export(folder):
+        return exported.identity(folder)
+    config = workdir.load_config(folder)
+    return saved.identity(folder, config, saved.chosen_step(folder, config))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def test_from_the_command_line(text_run, tmp_path):
     (tmp_path / "in.txt").write_text("guten Morgen\nbonjour\n")
     by_export = run("predict", f"--workdir={tmp_path / 'export'}", f"--input={tmp_path / 'in.txt'}")
     by_run = run("predict", f"--workdir={text_run}", f"--input={tmp_path / 'in.txt'}")
-    assert (by_export.returncode, by_export.stderr, by_export.stdout) == (0, "", by_run.stdout)
+    assert (by_export.returncode, by_export.stderr, by_export.stdout) == (0, by_run.stderr, by_run.stdout)
+    assert by_run.stderr.startswith("2 rows read, 2 predicted")
     assert_refused(run("convert", f"--workdir={text_run}", f"--to_stablehlo={tmp_path / 'export'}"), "is not an empty folder")
     assert_refused(run("convert", f"--workdir={text_run}"), "Say either what to read")
 

@@ -136,6 +136,15 @@ def test_the_guide_names_only_commands_and_flags_that_exist(tripwires):
     assert {f"slurm.sh {command}" for command in ("submit", "status", "watch", "stop")} <= called
 
 
+def test_the_guide_shows_dry_runs_that_run_nothing_as_they_are_written(tripwires):
+    shown = [words for words in examples() if "--dry_run" in words]
+    assert [command for _, command, *_ in shown] == ["create", "launch"]
+    for script, command, *words in shown:
+        done = run(Path(script).name, command, *words, path=tripwires)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("gcloud compute tpus ")
+
+
 def test_the_guide_names_only_configs_that_exist():
     seen = 0
     for words in examples():

@@ -1,8 +1,11 @@
 """Prediction beside single texts: pairs with numbers, and tags of words; from Python, from files, and exported."""
 
+import io
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import datamux_jax
@@ -81,6 +84,60 @@ def test_a_tag_of_every_word_that_the_row_holds(word_run, tmp_path):
     assert rows[0]["error"] == "has 2 labels for 3 words"
     export.export_run(word_run, tmp_path / "export", ("cpu",))
     assert datamux_jax.load_exported(tmp_path / "export")(SENTENCES) == tags
+
+
+def parquet(path, values, kind):
+    pyarrow.parquet.write_table(pyarrow.table({"words": pyarrow.array(values, kind)}), path)
+
+
+def test_words_come_as_lists_or_between_spaces(word_run, tmp_path):
+    predictor = datamux_jax.load(word_run)
+    tags = predictor(SENTENCES)
+    spaced = [" ".join(words) for words in SENTENCES]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"words": words}) + "\n" for words in SENTENCES))
+    (tmp_path / "in.tsv").write_text("n\twords\n" + "".join(f"{i}\t{text} \n" for i, text in enumerate(spaced)))
+    parquet(tmp_path / "in.parquet", SENTENCES, pyarrow.list_(pyarrow.string()))
+    parquet(tmp_path / "bytes.parquet", SENTENCES, pyarrow.list_(pyarrow.binary()))
+    for name in ("in.jsonl", "in.tsv", "in.parquet", "bytes.parquet"):
+        rows = predict_file(predictor, tmp_path / name, stream.Fields(("words",)))
+        assert [row["row"] for row in rows] == list(range(1, 41))
+        assert [row["tags"] for row in rows] == tags, name
+        assert not any(row["error"] for row in rows)
+
+
+BAD_WORDS = [
+    ('{"words": ["good", "row"]}', None),
+    ('{"words": []}', "has no word in the column 'words'"),
+    ('{"words": ["a", 3]}', "has a word with no text, but a value of type int in the column 'words'"),
+    ('{"words": ["a", " "]}', "has a word with no text in the column 'words'"),
+    ('{"words": null}', "has no value in the column 'words'"),
+    ('{"words": {"a": 1}}', "has no list of words, but a value of type dict in the column 'words'"),
+    ('{"word": ["a"]}', "has no field 'words'"),
+    ('{"words": "two words"}', None),
+]
+
+
+def test_bad_lists_of_words_are_reported_and_stop_nothing(word_run, tmp_path):
+    predictor = datamux_jax.load(word_run)
+    (tmp_path / "in.jsonl").write_text("".join(line + "\n" for line, _ in BAD_WORDS))
+    rows = predict_file(predictor, tmp_path / "in.jsonl", stream.Fields(("words",)))
+    assert [row["error"] for row in rows] == [error for _, error in BAD_WORDS]
+    assert [row["tags"] and len(row["tags"]) for row in rows] == [2, *[None] * 6, 2]
+    parquet(tmp_path / "in.parquet", [[b"a", b"\xff"], [b"a", None], [b"a"]], pyarrow.list_(pyarrow.binary()))
+    rows = predict_file(predictor, tmp_path / "in.parquet", stream.Fields(("words",)))
+    assert [row["error"] for row in rows] == [
+        "is not UTF-8 at byte 1 (0xff)", "has a word with no value in the column 'words'", None
+    ]  # fmt: skip
+
+
+def test_long_words_end_a_window(word_run, monkeypatch):
+    """Memory is bounded by what words are made of, not by their number alone."""
+    predictor = datamux_jax.load(word_run)
+    lines = json.dumps({"words": ["x" * 100]}).encode() + b"\n"
+    fields = stream.Fields(("words",))
+    monkeypatch.setattr(stream, "WINDOW_CHARACTERS", 1000)
+    with Table(io.BytesIO(lines * 40), fields.kinds(predictor), file_format="jsonl") as rows:
+        assert [len(block.rows) for block in stream.blocks(rows, predictor, fields, skip=0, digest="")] == [8] * 5
 
 
 def test_tags_are_read_at_the_first_token_of_each_word(word_run):

@@ -146,6 +146,36 @@ def test_every_layout_of_every_task(tmp_path, task, layout):
     assert as_lists(load("glue", name=task, path=inside)) == expected
 
 
+def test_the_development_pairs_of_mrpc_are_those_that_glue_lists(tmp_path):
+    files = {
+        "msr_paraphrase_train.txt": MRPC + "1\t1\t2\ta\tb\r\n0\t3\t4\tc\td\r\n1\t4\t3\te\tf\r\n0\t1\t4\tg\th\r\n",
+        "msr_paraphrase_test.txt": MRPC + "0\t5\t6\ti\tj\r\n",
+        "dev_ids.tsv": "1\t4\n3\t4\n",
+    }
+    path = write(tmp_path, files)
+    expected = {
+        "train": ([("a", "b"), ("e", "f")], [1, 1]),
+        "validation": ([("c", "d"), ("g", "h")], [0, 0]),
+        "test": ([("i", "j")], [0]),
+    }
+    assert as_lists(load("glue", name="mrpc", path=path)) == expected
+    write(tmp_path, {"dev_ids.tsv": "1\t4\n7\t8\n"})
+    message = r"dev_ids.tsv lists 1 pairs of ids that msr_paraphrase_train.txt does not have \(line 2: 7 and 8\)"
+    with pytest.raises(InputError, match=message):
+        load("glue", name="mrpc", path=path)
+
+
+def test_damaged_questions_are_counted_once(tmp_path, capsys):
+    files, _ = LAYOUTS["qqp"][0]
+    path = write(tmp_path, files)
+    load("glue", name="qqp", path=path)
+    load("glue", name="qqp", path=path)
+    problem = (
+        "damaged rows are left out: line 3 has 4 fields, but the header names 6; line 4 has 2 fields, but the header names 6."
+    )
+    assert capsys.readouterr().out == f"{tmp_path / 'train.tsv'}: 2 {problem}\n"
+
+
 def test_every_task_has_its_layouts_tested_and_its_metrics():
     assert set(LAYOUTS) == set(glue.TASKS)
     metrics = {name: task.metrics for name, task in glue.TASKS.items()}

@@ -9,9 +9,10 @@ import pyarrow.parquet
 import pytest
 
 import datamux_jax
-from datamux_jax import inference, output_files, stream
+from datamux_jax import inference, output_files, progress, stream
 from datamux_jax.data.tables import Table
 from datamux_jax.errors import InputError
+from datamux_jax.tally import Tally, kind
 
 TEXT = stream.Fields(("text",), "key", "language", echo=True)
 GOOD = [f"phrase {i}" for i in range(70)]
@@ -56,7 +57,7 @@ def read(path):
 @pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "parquet"])
 def test_every_row_in_order_with_its_id_as_from_python(predictor, tmp_path, ending):
     counts = predict(predictor, write_rows(tmp_path / "in.jsonl"), tmp_path / f"out.{ending}")
-    assert counts == {"rows": 70, "scored": 70, "truncated": 0, "errors": 0}
+    assert counts == Tally(rows=70, scored=70)
     rows = read(tmp_path / f"out.{ending}")
     assert [str(row["id"]) for row in rows] == [str(i) for i in range(70)]
     assert [str(row["row"]) for row in rows] == [str(i + 1) for i in range(70)]
@@ -83,7 +84,11 @@ def test_damaged_rows_are_reported_and_stop_nothing(predictor, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(line for line, _, _ in DAMAGED) + b"\n")
     counts = predict(predictor, tmp_path / "in.jsonl", tmp_path / "out.jsonl", TEXT)
     rows = read(tmp_path / "out.jsonl")
-    assert counts == {"rows": 10, "scored": 5, "truncated": 3, "errors": 8}
+    assert (counts.rows, counts.scored, counts.truncated, counts.errors) == (10, 5, 3, 8)
+    assert counts.reasons["is no JSON"] == counts.reasons["has a label which the model does not know"] == 1
+    assert sum(counts.reasons.values()) == 8
+    saved = json.loads((tmp_path / "out.jsonl.state.json").read_text())["counts"]
+    assert saved == {"rows": 10, "scored": 5, "truncated": 3, "errors": 8, "reasons": counts.reasons}
     for number, (row, (_, outcome, error)) in enumerate(zip(rows, DAMAGED, strict=True), start=1):
         assert row["row"] == number
         assert (row["error"] is None) if not error else error in row["error"], row
@@ -95,8 +100,45 @@ def test_damaged_rows_are_reported_and_stop_nothing(predictor, tmp_path):
 
 def test_a_table_of_damaged_rows_alone(predictor, tmp_path):
     counts = predict(predictor, write_rows(tmp_path / "in.jsonl", [{"text": "", "key": 1}] * 70), tmp_path / "out.tsv")
-    assert (counts["rows"], counts["scored"], counts["errors"]) == (70, 0, 70)
+    assert counts == Tally(rows=70, errors=70, reasons={"has no text in the column 'text'": 70})
     assert len(read(tmp_path / "out.tsv")) == 70
+    assert str(counts) == (
+        "70 rows read, 0 predicted, 0 of them cut to what the model reads; 70 damaged, see the column 'error' "
+        "(70: has no text in the column 'text')."
+    )
+
+
+@pytest.mark.parametrize(
+    ("problem", "common"),
+    [
+        ("is not UTF-8 at byte 7 (0xff)", "is not UTF-8"),
+        ("is no JSON: Expecting value: line 1 column 2 (char 1)", "is no JSON"),
+        ("is no JSON object, but of type list", "is no JSON object, but of type list"),
+        ("is no CSV: unexpected end of data (lines 3 to 9)", "is no CSV"),
+        ("is a line of more than 4,194,304 bytes (lines 3 to 9)", "is a line of more than 4,194,304 bytes"),
+        ("has 3 fields, but the header names 2", "has more or fewer fields than the header"),
+        ("has no field '4'", "has no field '4'"),
+        ("has the label 'a, which', which is no number", "has a label which is no number"),
+        ("has 2 labels for 3 words", "has more or fewer labels than words"),
+    ],
+)
+def test_reasons_have_few_kinds(problem, common):
+    assert kind(problem) == common
+
+
+def test_a_stream_whose_end_is_unknown_shows_rows_and_their_rate(predictor, monkeypatch, capsys):
+    class Timed(progress.Progress):
+        def __init__(self, label, total, start=0):
+            super().__init__(label, total, start, seconds=0)
+
+    monkeypatch.setattr(stream, "Progress", Timed)
+    fields = stream.Fields(("text",))
+    rows = Table(io.BytesIO("\n".join(GOOD).encode()), fields.kinds(predictor), file_format="text")
+    stream.predict_rows(predictor, rows, output_files.Stream(io.BytesIO(), fields.columns("classification"), "tsv"), fields)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines] == [["Predicting", "(rows)", str(done)] for done in (32, 64, 70)]
+    assert all(float(line.split()[3].removesuffix("/s").replace(",", "")) > 0 for line in lines)
+    assert not any("left" in line for line in lines)
 
 
 class KilledError(Exception):
@@ -106,13 +148,13 @@ class KilledError(Exception):
 @pytest.mark.parametrize("ending", ["tsv", "parquet"])
 @pytest.mark.parametrize("moment", ["before the state", "in a window", "before the name", "after the name"])
 def test_going_on_gives_the_same_bytes(predictor, tmp_path, monkeypatch, ending, moment):
-    source = write_rows(tmp_path / "in.jsonl")
+    source = write_rows(tmp_path / "in.jsonl", [{"text": text, "key": i} for i, text in enumerate(["", *GOOD[1:69], " "])])
     whole, killed = tmp_path / f"whole.{ending}", tmp_path / f"killed.{ending}"
     predict(predictor, source, whole)
     save = output_files.OutputFile._save
 
     def failing(self, size, *, finished):
-        late = {"before the state": self.rows == 64, "in a window": self.rows == 32}
+        late = {"before the state": self.tally.rows == 64, "in a window": self.tally.rows == 32}
         if (finished and moment == "after the name") or late.get(moment):
             if moment == "in a window":
                 save(self, size, finished=finished)
@@ -129,6 +171,8 @@ def test_going_on_gives_the_same_bytes(predictor, tmp_path, monkeypatch, ending,
             predict(predictor, source, killed)
     predict(predictor, source, killed)
     assert killed.read_bytes() == whole.read_bytes()
+    counts = [json.loads(file.with_name(file.name + ".state.json").read_text())["counts"] for file in (killed, whole)]
+    assert counts[0] == counts[1]
     assert not killed.with_name(killed.name + ".partial").exists()
     assert predict(predictor, source, killed) is None  # Not done again.
 
@@ -181,7 +225,7 @@ def test_a_stream_goes_out_row_by_row(predictor):
     out = io.BytesIO()
     rows = Table(io.BytesIO(b"guten\tMorgen\nbonjour"), fields.kinds(predictor), file_format="text")
     sink = output_files.Stream(out, fields.columns("classification"), "tsv")
-    assert stream.predict_rows(predictor, rows, sink, fields)["rows"] == 2
+    assert stream.predict_rows(predictor, rows, sink, fields).rows == 2
     header, *lines = [line.split("\t") for line in out.getvalue().decode().splitlines()]
     assert header == ["row", "label", "probability", "truncated", "error", "input_text"]
     assert [line[5] for line in lines] == ["guten Morgen", "bonjour"]
@@ -197,7 +241,7 @@ def test_arrays_are_rows_too(digits_run, tmp_path):
     output = output_files.OutputFile(target, fields.columns(predictor.objective), {})
     source = stream.Features(str(tmp_path / "images.npy"), (8, 8))
     counts = stream.predict_rows(predictor, source, output, fields, show=False)
-    assert (counts["rows"], counts["scored"], counts["errors"]) == (40, 39, 1)
+    assert counts == Tally(rows=40, scored=39, errors=1, reasons={"holds a NaN or an infinity": 1})
     assert read(target)[7]["error"] == "holds a NaN or an infinity"
     with pytest.raises(InputError, match=r"holds shape \[40, 8, 8\].*\[n, 9, 8\]"):
         stream.Features(str(tmp_path / "images.npy"), (9, 8))

@@ -278,8 +278,7 @@ class Parquet:
         fields, problem = {}, ""
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             try:
-                value = column[row].as_py()
-                fields[name] = value.decode() if isinstance(value, bytes) else value
+                fields[name] = _strings(column[row].as_py())
             except UnicodeDecodeError as error:
                 problem = _not_utf8(error)
         return Record(self._done, fields, problem)
@@ -291,6 +290,13 @@ def decoded(content: bytes) -> tuple[str, str]:
         return content.decode(), ""
     except UnicodeDecodeError as error:
         return content.decode(errors="replace"), _not_utf8(error)
+
+
+def _strings(value: Any) -> Any:
+    """A value of Parquet whose texts, also those of a list, may be stored as bytes."""
+    if isinstance(value, list):
+        return [_strings(item) for item in value]
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
