@@ -146,10 +146,13 @@ def plot(path: Path, contents: dict[str, Any]) -> None:
     error = [100 * contents["scores"][name][f"{metric}_std"] for name in names]
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     axes.errorbar(x, y, yerr=error, fmt="o-", color="#1f5fa8", capsize=3)
-    for name, at_x, at_y in zip(names, x, y, strict=True):
+    for index, (name, at_x, at_y) in enumerate(zip(names, x, y, strict=True)):
         score, speed = contents["scores"][name], contents["throughput"][name]
         label = f"N={score['num_instances']}  {_shown(metric, at_y / 100)}  {speed['ratio']:.1f}x"
-        axes.annotate(label, (at_x, at_y), textcoords="offset points", xytext=(0, 11), ha="center", fontsize=9, bbox=BACKGROUND)
+        offset = -20 if index % 2 else 11  # Below and above in turn: neighbours may be close.
+        axes.annotate(
+            label, (at_x, at_y), textcoords="offset points", xytext=(0, offset), ha="center", fontsize=9, bbox=BACKGROUND
+        )
     if "baseline" in contents and metric == "accuracy":
         level = 100 * contents["baseline"]["accuracy"]
         axes.axhline(level, color="grey", linestyle="--", linewidth=1)
