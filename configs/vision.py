@@ -18,7 +18,7 @@ Arguments:
     schedule=          constant, linear or cosine
     epochs=
     groups=            mixed images a step
-    width=, depth=     of mlp and transformer: units of a layer, and layers
+    width=, depth=     of mlp and transformer alone: units of a layer, and layers
     size=              pixels of a side; 0: as they are
     validation=        training images held out, and scored in place of the test images; 0: none
     examples=          training images, held out ones included, where a folder has not MNIST's 60,000
@@ -39,7 +39,7 @@ PUBLISHED = {
     "schedule": "constant",
 }
 NETWORKS = {
-    "lenet": PUBLISHED | {"width": 84, "depth": 1},
+    "lenet": PUBLISHED,
     "mlp": PUBLISHED | {"mux": "orthogonal", "width": 400, "depth": 2},
     "transformer": {"mux": "gaussian_hadamard", "demux": "rsa", "loss": "cross_entropy", "optimizer": "adamw"}
     | {"rate": 1e-3, "schedule": "cosine", "width": 128, "depth": 3},
@@ -63,12 +63,14 @@ def get_config(arg=None):
     c.eval.split = "validation" if arg.validation else "test"
     c.eval.batch_groups = 128
     c.model.backbone = "encoder" if name == "transformer" else name
-    c.model.hidden_size, c.model.num_layers, c.model.mlp_dim = arg.width, arg.depth, 4 * arg.width
+    if name != "lenet":
+        c.model.hidden_size, c.model.num_layers, c.model.mlp_dim = arg.width, arg.depth, 4 * arg.width
     c.optimizer.update_rule, c.optimizer.learning_rate, c.optimizer.schedule = arg.optimizer, arg.rate, arg.schedule
     if arg.optimizer == "sgd":  # As published: nothing but the rate.
         c.optimizer.weight_decay = c.optimizer.grad_clip = 0.0
     examples = arg.examples or (len(digits().split("train")) if arg.data == "digits" else MNIST_EXAMPLES)
-    steps = {n: round(arg.epochs * (examples - arg.validation) / (arg.groups * n)) for n in arg.n if n > 0}
+    small = min(arg.groups, arg.epochs, *arg.n) < 1 or arg.validation < 0
+    steps = {} if small else {n: round(arg.epochs * (examples - arg.validation) / (arg.groups * n)) for n in arg.n}
     if not steps or min(steps.values()) < 1:
         raise InputError(
             f"epochs={arg.epochs} of {examples - arg.validation} images with groups={arg.groups} and n={'+'.join(map(str, arg.n))} "

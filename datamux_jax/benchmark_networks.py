@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from datamux_jax import benchmark_inputs, sharding
+from datamux_jax.backbones.vision import VISION
 from datamux_jax.build import count_params, init_params
 from datamux_jax.errors import InputError
 from datamux_jax.inference import OBJECTIVES
@@ -65,18 +66,6 @@ class Timed:
     parameters: int
 
 
-def with_instances(config: Any, n: int) -> Any:
-    """A copy of `config` for `n` instances; the plain network has the task loss alone."""
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.num_instances = n
-    if n == 1:
-        config.mux.name = config.demux.name = "none"
-        config.task_loss_coeff, config.retrieval_loss_coeff = 1.0, 0.0
-    elif config.mux.name == "none":
-        config.mux.name, config.demux.name = "gaussian_hadamard", "rsa"
-    return config
-
-
 def smaller(config: Any, kind: str) -> Any:
     """A copy of `config` that is half as wide ("narrow", with half the heads), or has a third of the layers ("shallow").
 
@@ -87,6 +76,10 @@ def smaller(config: Any, kind: str) -> Any:
     """
     config = ml_collections.ConfigDict(config.to_dict())
     m = config.model
+    if m.backbone in VISION:
+        raise InputError(
+            f"--contenders={kind} makes a Transformer smaller, but model.backbone = {m.backbone!r} is none. Leave it out."
+        )
     if kind == "shallow":
         m.num_layers = max(1, m.num_layers // 3)
         return config

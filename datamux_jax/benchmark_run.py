@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 
 from datamux_jax import benchmark_memory, benchmark_report, breakdown, contenders, workdir
+from datamux_jax.backbones.vision import VISION
 from datamux_jax.benchmark import measure
 from datamux_jax.benchmark_networks import BALANCES, SCOPES, STEPS, Entry, Network, Timed, check
 from datamux_jax.config import validate
@@ -122,6 +123,11 @@ def check_settings(entries: Sequence[Entry], settings: Settings, output: Path) -
     for entry in entries:
         validate(entry.config)
         check(entry, settings.step)
+        if settings.breakdown and entry.config.model.backbone in VISION:
+            raise InputError(
+                f"--breakdown times the stages of a Transformer, but {entry.name} has model.backbone = "
+                f"{entry.config.model.backbone!r}. Leave it out."
+            )
     for balance in settings.balances:
         groups_of(entries, balance, settings)
 
@@ -172,8 +178,9 @@ def run(entries: Sequence[Entry], settings: Settings, output: Path, about: dict[
         "rows": [],
         "stages": [],
     }
+    load = benchmark_report.load()  # Before it is our own.
     memory = _memory(entries, settings)  # Before this process takes the device.
-    contents["machine"] = benchmark_report.machine()
+    contents["machine"] = {**benchmark_report.machine(), "load_before": load}
 
     def write() -> None:
         workdir.write_json(output / JSON, contents)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ml_collections
+
 from datamux_jax import classifier
 from datamux_jax.backbones import BACKBONES
 from datamux_jax.backbones.encoder import REMAT
@@ -105,6 +107,26 @@ def validate(config: Any) -> None:
         _teaching(config)
 
 
+def with_instances(config: Any, count: int) -> Any:
+    """A copy of a config with another N, to compare with.
+
+    N = 1 is the plain network, which has the task loss alone; a plain one becomes the default multiplexed one.
+
+    Raises:
+      InputError: `count` is no number of instances.
+    """
+    if count < 1:
+        raise InputError(f"{count} is no number of instances. Give numbers above 0, such as 1,2,5,10.")
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.num_instances = count
+    if count == 1:
+        config.mux.name = config.demux.name = "none"
+        config.task_loss_coeff, config.retrieval_loss_coeff = 1.0, 0.0
+    elif config.mux.name == "none":
+        config.mux.name, config.demux.name = "gaussian_hadamard", "rsa"
+    return config
+
+
 def _teaching(config: Any) -> None:
     """Checks the section `distill` of a config that names a teacher."""
     if not 0 < config.distill.weight <= 1:
@@ -116,6 +138,11 @@ def _teaching(config: Any) -> None:
         raise InputError(
             f"distill.teacher = {config.distill.teacher!r} teaches a task, but objective = {config.objective!r} is none. Set it for "
             f"runs of {', '.join(TASK_LOSSES)} alone."
+        )
+    if config.task_loss == "squared":
+        raise InputError(
+            f"distill.teacher = {config.distill.teacher!r} compares probabilities, of which task_loss = 'squared' has none. Set "
+            "task_loss = 'cross_entropy', or distill.teacher = ''."
         )
 
 

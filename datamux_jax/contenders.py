@@ -17,7 +17,9 @@ import jax
 import numpy as np
 
 from datamux_jax import benchmark_inputs, contender_models
-from datamux_jax.benchmark_networks import SMALL, Entry, Network, Timed, seconds_of, smaller, with_instances
+from datamux_jax.backbones.vision import VISION
+from datamux_jax.benchmark_networks import SMALL, Entry, Network, Timed, seconds_of, smaller
+from datamux_jax.config import with_instances
 from datamux_jax.errors import InputError, choose
 
 TORCH, ONNX = ("torch", "transformers"), ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -70,7 +72,12 @@ def _check(name: str, config: Any, step: str) -> None:
             f"pip install 'datamux_jax[bench]', or leave it out."
         )
     m = config.model
-    if m.family != "bert" or config.data.source == "digits" or m.embedding_size not in (0, m.hidden_size):
+    if (
+        m.family != "bert"
+        or m.backbone in VISION
+        or config.data.source in ("digits", "mnist")
+        or m.embedding_size not in (0, m.hidden_size)
+    ):
         raise InputError(
             f"--contenders={name} is BERT on tokens, but model.family = {m.family!r}, data.source = {config.data.source!r}, "
             f"model.embedding_size = {m.embedding_size}. Leave it out, or measure such a network."

@@ -13,7 +13,7 @@ import numpy as np
 from datamux_jax.backbones.vision import uniform
 from datamux_jax.errors import InputError
 from datamux_jax.layers import Array
-from datamux_jax.mixing import Mixing
+from datamux_jax.mixing import Mixing, floating
 from datamux_jax.mux import rotation, total, transform
 
 HIDDEN = 16  # Channels between the two convolutions of `nonlinear`.
@@ -33,7 +33,7 @@ class ImageMixing(Mixing):
                 f"The mux {type(self).__name__} takes images [groups, N, height, width], but got shape {list(x_BxNxHxW.shape)}. "
                 "Take the axis of channels off (x[..., 0]), or use one of mixing.MIXING, which take any shape."
             )
-        return self.mix(x_BxNxHxW)
+        return self.mix(floating(x_BxNxHxW))
 
     def mix(self, x_BxNxHxW: Array) -> Array:
         raise NotImplementedError

@@ -78,7 +78,7 @@ class GaussianHadamard(Linear):
 
     @nn.compact
     def __call__(self, x_BxN: Array) -> Array:
-        width = self.width(x_BxN)
+        x_BxN, width = floating(x_BxN), self.width(x_BxN)
         v_NxP = self.instance_vectors(x_BxN.shape[1], width).astype(x_BxN.dtype)
         mixed = total(transform(jnp.multiply, v_NxP[:, None], self.vectors(x_BxN, width))) / x_BxN.shape[1]
         return mixed.reshape(x_BxN.shape[:1] + x_BxN.shape[2:])
@@ -108,7 +108,7 @@ class RandomOrtho(Linear):
 
     @nn.compact
     def __call__(self, x_BxN: Array) -> Array:
-        instances, width = x_BxN.shape[1], self.width(x_BxN)
+        x_BxN, instances, width = floating(x_BxN), x_BxN.shape[1], self.width(x_BxN)
         _check_chunks(self, instances, width)
         w_NxPxP = self.instance_embedding(self.matrices, instances, width, width).astype(x_BxN.dtype)
         mixed = total(transform(lambda w, x: x @ w.T, w_NxPxP, self.vectors(x_BxN, width))) / math.sqrt(instances)
@@ -119,6 +119,11 @@ class RandomOrthoLowRank(RandomOrtho):
     """`sum_i(W_i x_i) / sqrt(N)` with `W_i = U H_i^T` of rank `P // N` (DataMUX, appendix: the theoretical construction)."""
 
     matrices = staticmethod(low_rank_matrices)
+
+
+def floating(x: Array) -> Array:
+    """Integers as float32: the parameters, cast to integers, would be zeros."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 def _check_chunks(mux: Linear, instances: int, width: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax
 import flax.linen as nn
+import jax
 
 from datamux_jax.errors import InputError, brief
 from datamux_jax.layers import Array
@@ -81,6 +82,8 @@ class Multiplexed(nn.Module):
         except InputError:
             raise
         except WRONG_SHAPE as error:
+            if not _about_shapes(error):
+                raise
             raise InputError(
                 f"{made} of shape {list(mixed.shape)}, which the backbone {_name(self.backbone)} does not take: {brief(error)} Choose "
                 "a mux that gives what the backbone takes (those of mixing.py keep the shape of an input), or another backbone."
@@ -150,12 +153,22 @@ class Multiplexed(nn.Module):
         except InputError:
             raise
         except WRONG_SHAPE as error:
+            if not _about_shapes(error):
+                raise
             fed = {"mux": "inputs", "demux": "the backbone's output, of", "head": "unmixed states of all instances, of"}[role]
             part = getattr(self, role)
             raise InputError(
                 f"The {role} {_name(part)} does not take {fed} shape {list(x.shape)}: {brief(error)} Choose a {role} that fits, or "
                 "change what it is fed."
             ) from error
+
+
+def _about_shapes(error: Exception) -> bool:
+    """Whether an error can come of what a module was fed; not that of a traced flag, or of a misspelt argument."""
+    if isinstance(error, jax.errors.JAXTypeError):
+        return False
+    words = ("shape", "dimension", "axis", "axes", "rank", "size", "broadcast", "unpack", "contract")
+    return isinstance(error, flax.errors.ScopeParamShapeError) or any(word in str(error).lower() for word in words)
 
 
 def _name(module: nn.Module | None) -> str:

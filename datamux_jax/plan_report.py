@@ -129,10 +129,16 @@ def _cells(row: Row, rows: Sequence[Row], topology: Topology) -> list[str]:
 
 
 def _against_plain(row: Row, rows: Sequence[Row]) -> str:
-    plain = next((one for one in rows if one.config.num_instances == 1 and one.mesh == row.mesh and one.estimate), None)
-    if plain is None or plain is row or not (plain.estimate and plain.estimate.rate and row.estimate and row.estimate.rate):
+    """The rate against the best plain network that learns the same on the same mesh, and fits."""
+    rates = [
+        one.estimate.rate
+        for one in rows
+        if one.config.num_instances == 1 and one.mesh == row.mesh and one.config.objective == row.config.objective
+        if one.fits and one.estimate and one.estimate.rate
+    ]
+    if not rates or row.config.num_instances == 1 or not (row.estimate and row.estimate.rate):
         return ""
-    ratio = row.estimate.rate / plain.estimate.rate
+    ratio = row.estimate.rate / max(rates)
     return f"{ratio:.2f}x = {ratio / row.config.num_instances:.2f} N"
 
 

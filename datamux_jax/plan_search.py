@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datamux_jax import planner, sharding
+from datamux_jax.config import with_instances
 from datamux_jax.errors import InputError, brief
 from datamux_jax.planner import Estimate
 from datamux_jax.progress import Progress
@@ -42,23 +43,6 @@ class Row:
     @property
     def fits(self) -> bool:
         return self.estimate is not None and self.estimate.left >= 0
-
-
-def with_instances(config: Any, count: int) -> Any:
-    """A copy of a config with another N. N = 1 is the plain network; a plain one becomes the default multiplexed one.
-
-    Raises:
-      InputError: `count` is no number of instances.
-    """
-    if count < 1:
-        raise InputError(f"--n={count} is no number of instances. Give numbers above 0, such as --n=1,2,5,10.")
-    config = config.copy_and_resolve_references()
-    config.num_instances = count
-    if count == 1:
-        config.mux.name = config.demux.name = "none"
-    elif config.mux.name == "none":
-        config.mux.name, config.demux.name = "gaussian_hadamard", "rsa"
-    return config
 
 
 def with_mesh(config: Any, mesh: Mapping[str, int], accumulation: int | None = None) -> Any:

@@ -82,4 +82,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.required("output")
-    cli.run(main)
+    cli.run(main, goes_on=False)

@@ -17,10 +17,11 @@ from ml_collections import config_flags
 from datamux_jax.errors import InputError, Interrupted, Unavailable
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = True) -> None:
     """Parses flags and calls `main`. Bad input ends with one paragraph and exit code 2, an interruption with 130.
 
-    What may work when it is tried again (another host does not answer) ends with 1.
+    What may work when it is tried again (another host does not answer) ends with 1. `goes_on`: after an interruption the same command
+    goes on where it was.
     """
     # Below these levels nothing concerns the person who runs the command.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -41,7 +42,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             print(error, flush=True)
             sys.exit(130)
         except KeyboardInterrupt:
-            print("\nStopped. What was saved stays; the same command goes on from there.", flush=True)
+            print(f"\nStopped. What was saved stays{'; the same command goes on from there' if goes_on else ''}.", flush=True)
             sys.exit(130)
         except BrokenPipeError:
             sys.exit(1)

@@ -82,12 +82,13 @@ def main(argv: Sequence[str]) -> None:
 
 def _rows(runs: dict[str, Any], counts: Sequence[int], meshes: Sequence[dict[str, int]], machine: Topology) -> Iterator[Row]:
     from datamux_jax import plan_search
+    from datamux_jax.config import with_instances
 
     estimator = functools.partial(_estimate, machine)
     if not SEARCH.value:
         yield from plan_search.sweep(plan_search.candidates(runs, counts, meshes, machine, STEP.value), estimator)
         return
-    named = [(name, plan_search.with_instances(run, count)) for name, run in runs.items() for count in counts]
+    named = [(name, with_instances(run, count)) for name, run in runs.items() for count in counts]
     named = named or list(runs.items())
     for _, config in named:
         plan_search.meshes_of(config, machine)  # Refuses, before the first is compiled.
@@ -103,4 +104,4 @@ def _estimate(machine: Topology, config: Any) -> Estimate:
 
 if __name__ == "__main__":
     cli.required("config", "topology")
-    cli.run(main)
+    cli.run(main, goes_on=False)

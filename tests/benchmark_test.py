@@ -19,7 +19,8 @@ from datamux_jax import (
     experiment,
     workdir,
 )
-from datamux_jax.benchmark_networks import Entry, Network, Timed, smaller, with_instances
+from datamux_jax.benchmark_networks import Entry, Network, Timed, smaller
+from datamux_jax.config import with_instances
 from datamux_jax.errors import InputError
 from tests.conftest import small_config, text_config
 from tests.launch_test import assert_refused, run

@@ -61,6 +61,15 @@ def test_mixing_of_any_rank_is_its_formula(name, last):
     np.testing.assert_allclose(mixed, expected.reshape(2, 2, 2, 6), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "mux", [mixing.GaussianHadamard(), mixing.RandomOrtho(), image_mixing.Gaussian(), image_mixing.Rotation()]
+)
+def test_bytes_are_mixed_as_numbers(mux):
+    x = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 4)).astype(np.uint8)
+    variables, mixed = fresh(mux, x.astype(np.float32))
+    np.testing.assert_allclose(mux.apply(variables, x), mixed, atol=1e-3)
+
+
 def test_frozen_parameters_have_no_gradient_unless_learned():
     x = np.ones((1, 2, 3), np.float32)
     for learned in (False, True):
@@ -185,7 +194,7 @@ class OneRow(nn.Module):
             (3, 2, 5),
             r"demux InstanceMLP must give.*\[3, 8\] one array \[3, 2, ...\], but it gave shape \[3, 3, 8\]",
         ),
-        (wrapped(image_mixing.Remap()), (3, 2, 4, 4), r"backbone|Remap"),
+        (wrapped(image_mixing.Remap()), (3, 2, 4, 4), r"Remap takes images"),
         (wrapped(Flat(), mixer=image_mixing.Gaussian()), (3, 2, 5), r"Gaussian takes images \[groups, N, height, width\]"),
         (wrapped(Flat(), mixer=image_mixing.Remap()), (3, 2, 5, 5), r"Remap .* 5x5 pixels"),
         (wrapped(Flat(), mixer=mixing.BinaryHadamard()), (3, 2, 1), r"2 instances a chunk of 1 numbers"),
@@ -195,6 +204,11 @@ class OneRow(nn.Module):
 def test_errors_say_which_shape_was_expected_where(model, shape, message):
     with pytest.raises(InputError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+
+
+def test_what_is_not_about_shapes_is_left_as_it_is():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'trian'"):
+        wrapped(Flat()).init(jax.random.key(0), jnp.zeros((3, 2, 5)), trian=True)
 
 
 def test_other_shapes_than_at_first_are_refused_when_applied():

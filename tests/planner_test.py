@@ -290,7 +290,7 @@ def test_counts_that_cannot_be_read_are_refused(text):
 def test_a_batch_that_no_mesh_divides_is_refused():
     with pytest.raises(InputError, match="divides over none of the meshes"):
         plan_search.meshes_of(small_config(batch_groups=3, model__num_heads=1), topology.parse("v5e:2x2"))
-    with pytest.raises(InputError, match="--n=0"):
+    with pytest.raises(InputError, match="0 is no number of instances"):
         plan_search.with_instances(small_config(), 0)
 
 

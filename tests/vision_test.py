@@ -278,6 +278,11 @@ def test_the_config_is_the_published_protocol():
         vision.get_config("n=2")
     with pytest.raises(InputError, match="leave a run without a step"):
         vision.get_config("lenet,n=2,epochs=0")
+    for arg in ("lenet,groups=0", "lenet,n=0+2", "lenet,groups=-32,epochs=-15"):
+        with pytest.raises(InputError, match="leave a run without a step"):
+            vision.get_config(arg)
+    with pytest.raises(InputError, match="width"):
+        vision.get_config("lenet,width=500")
 
 
 @pytest.mark.parametrize(
@@ -295,6 +300,7 @@ def test_the_config_is_the_published_protocol():
         ("lenet,n=2", {"data__source": "cldr", "data__image_size": 0, "data__length": 8}, r"'lenet' takes images"),
         ("lenet,n=2,size=0", {}, r"at least 20x20 pixels, but got 8x8"),
         ("lenet,n=17,mux=remap", {}, r"N = 17 images"),
+        ("lenet,n=2", {"distill__teacher": "x"}, r"compares probabilities, of which task_loss = 'squared' has none"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(arg, changes, message):
