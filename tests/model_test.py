@@ -70,7 +70,7 @@ def test_changing_an_instance_changes_its_output_and_no_other_group(pool, tokens
         ({"pool": "demuxed_mean"}, True),
         pytest.param({"mux__name": "contextual"}, True, marks=pytest.mark.slow),
         ({"mux__attend_padding": True}, False),
-        ({"mux__name": "gaussian_attention"}, False),
+        pytest.param({"mux__name": "gaussian_attention"}, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_row_may_be_cut_where_all_instances_are_padding(changes, equal, tokens, mask):

@@ -207,7 +207,7 @@ def test_pre_training_asks_for_padding_too(batch, name, monkeypatch):
     assert not counted[1].all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "muxed"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "muxed"])
 def test_a_sample_that_hits_the_original_is_not_replaced(batch, kind, monkeypatch):
     seen = {}
 
@@ -227,7 +227,7 @@ def test_a_sample_that_hits_the_original_is_not_replaced(batch, kind, monkeypatc
     assert not seen["replaced"].any()
 
 
-@pytest.mark.parametrize("objective", ["retrieval", "mlm", "electra"])
+@pytest.mark.parametrize("objective", ["retrieval", "mlm", pytest.param("electra", marks=pytest.mark.slow)])
 def test_logits_in_pieces_give_the_same_loss_and_gradients_and_never_exist_as_a_whole(batch, objective):
     if objective == "electra":
         config, model, _, params = electra("plain", retrieval_loss_coeff=0.1)
