@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 
 from datamux_jax import benchmark_inputs, sharding
 from datamux_jax.backbones.vision import VISION
@@ -74,7 +73,7 @@ def smaller(config: Any, kind: str) -> Any:
     Raises:
       InputError: the sizes cannot be halved.
     """
-    config = ml_collections.ConfigDict(config.to_dict())
+    config = config.copy_and_resolve_references()
     m = config.model
     if m.backbone in VISION:
         raise InputError(
@@ -144,7 +143,7 @@ class Network:
 
     def predictor(self, groups: int) -> Predictor:
         """A predictor with batches of `groups` groups."""
-        config = ml_collections.ConfigDict(self.run.config.to_dict())
+        config = self.run.config.copy_and_resolve_references()
         config.eval.batch_groups = groups
         return Predictor(dataclasses.replace(self.run, config=config))
 
@@ -176,7 +175,7 @@ class Network:
         )
 
     def _training(self, groups: int, batches: int) -> Timed:
-        config = ml_collections.ConfigDict(self.entry.config.to_dict())
+        config = self.entry.config.copy_and_resolve_references()
         config.batch_groups = groups
         fmt, size = self.format, groups * config.num_instances
         plan = assemble(config, fmt, sharding.make_mesh(config, groups))

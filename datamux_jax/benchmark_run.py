@@ -180,7 +180,7 @@ def run(entries: Sequence[Entry], settings: Settings, output: Path, about: dict[
     }
     load = benchmark_report.load()  # Before it is our own.
     memory = _memory(entries, settings)  # Before this process takes the device.
-    contents["machine"] = {**benchmark_report.machine(), "load_before": load}
+    contents["machine"] = benchmark_report.machine(load)
 
     def write() -> None:
         workdir.write_json(output / JSON, contents)

@@ -30,14 +30,6 @@ def stages(network: Network, groups: int) -> dict[str, Callable[[], Any]]:
     batch = network.prediction_batch(groups)
     mask = batch["mask"]
 
-    def embed(m: MultiplexedTransformer, inputs: Array, mask_BxNxL: Array) -> Array:
-        fed = m.feed(inputs)
-        return m.embeddings(fed[:, 0]) if m.mux is None else m.embeddings.refine(m.mix(fed, m.fed_mask(mask_BxNxL)))
-
-    def backbone(m: MultiplexedTransformer, x: Array, mask_BxNxL: Array) -> Array:
-        everywhere = m.mux is not None and (m.attend_padding or not m.vocab_size)
-        return m.backbone(x, None if everywhere else m.fed_mask(mask_BxNxL).max(axis=1), False)
-
     def unmix(m: MultiplexedTransformer, h: Array, mask_BxNxL: Array) -> Array:
         return m.tag(h) if objective == "tagging" else m.classify(h, mask_BxNxL)
 
@@ -48,8 +40,8 @@ def stages(network: Network, groups: int) -> dict[str, Callable[[], Any]]:
         calls[name] = lambda: compiled({"params": params}, *args)
         return calls[name]()
 
-    x = add(EMBED, embed, batch["inputs"], mask)
-    h = add(BACKBONE, backbone, x, mask)
+    x = add(EMBED, MultiplexedTransformer.enter, batch["inputs"], mask)
+    h = add(BACKBONE, MultiplexedTransformer.process, x, mask)
     add(UNMIX, unmix, h, mask)
     return calls
 

@@ -156,9 +156,7 @@ def build_generator(config: Any, model: Network) -> MultiplexedTransformer | Non
         num_classes=0,
         vocabulary_head=True,
         tied_decoder=plain,
-        logits_mib=model.logits_mib / model.num_instances
-        if plain
-        else model.logits_mib,  # All passes of a plain one run at once.
+        logits_mib=model.logits_mib / (model.num_instances if plain else 1),  # All passes of a plain one run at once.
     )
 
 

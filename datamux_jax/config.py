@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import ml_collections
-
 from datamux_jax import classifier
 from datamux_jax.backbones import BACKBONES
 from datamux_jax.backbones.encoder import REMAT
@@ -117,7 +115,7 @@ def with_instances(config: Any, count: int) -> Any:
     """
     if count < 1:
         raise InputError(f"{count} is no number of instances. Give numbers above 0, such as 1,2,5,10.")
-    config = ml_collections.ConfigDict(config.to_dict())
+    config = config.copy_and_resolve_references()
     config.num_instances = count
     if count == 1:
         config.mux.name = config.demux.name = "none"

@@ -21,6 +21,7 @@ from datamux_jax.backbones.vision import VISION
 from datamux_jax.benchmark_networks import SMALL, Entry, Network, Timed, seconds_of, smaller
 from datamux_jax.config import with_instances
 from datamux_jax.errors import InputError, choose
+from datamux_jax.inference import OBJECTIVES
 
 TORCH, ONNX = ("torch", "transformers"), ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 # Name -> what must be installed, and what it is.
@@ -82,7 +83,7 @@ def _check(name: str, config: Any, step: str) -> None:
             f"--contenders={name} is BERT on tokens, but model.family = {m.family!r}, data.source = {config.data.source!r}, "
             f"model.embedding_size = {m.embedding_size}. Leave it out, or measure such a network."
         )
-    if config.objective not in ("classification", "regression", "tagging"):
+    if config.objective not in OBJECTIVES:
         raise InputError(
             f"--contenders={name} has a classifier, but objective = {config.objective!r}. Leave it out, or measure a task."
         )

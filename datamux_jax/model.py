@@ -152,6 +152,14 @@ class MultiplexedTransformer(Network):
           Hidden states of the mixed rows, `[B, L', D]`.
 
         Raises:
+          InputError: as `enter`.
+        """
+        return self.process(self.enter(inputs, mask_BxNxL, train), mask_BxNxL, train)
+
+    def enter(self, inputs: Array, mask_BxNxL: Array, train: bool = False) -> Array:
+        """What the backbone reads, the embedded and mixed rows `[B, L', E]`; arguments as of `encode`.
+
+        Raises:
           InputError: `inputs` holds another number of instances than the network mixes, or more positions than it knows.
         """
         if inputs.shape[1] != self.num_instances:
@@ -167,12 +175,14 @@ class MultiplexedTransformer(Network):
                 f"of which {self.num_positions - start} are for tokens. Shorten data.length, or raise model.max_positions."
             )
         if self.mux is None:
-            return self.backbone(self.embeddings(fed[:, 0], train), mask_BxNxL[:, 0], train)
-        mask = self.fed_mask(mask_BxNxL)
-        mixed = self.embeddings.refine(self.mix(fed, mask, train), train)
+            return self.embeddings(fed[:, 0], train)
+        return self.embeddings.refine(self.mix(fed, self.fed_mask(mask_BxNxL), train), train)
+
+    def process(self, x_BxLxE: Array, mask_BxNxL: Array, train: bool = False) -> Array:
+        """The backbone on what `enter` gives: `[B, L', D]`."""
         # Padding of one instance is content of another; without tokens there is none.
-        everywhere = self.attend_padding or not self.vocab_size
-        return self.backbone(mixed, None if everywhere else mask.max(axis=1), train)
+        everywhere = self.mux is not None and (self.attend_padding or not self.vocab_size)
+        return self.backbone(x_BxLxE, None if everywhere else self.fed_mask(mask_BxNxL).max(axis=1), train)
 
     def mix(self, fed: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """Embeds every instance and mixes: `[B, L', E]`. At inference in one pass over the instances, where the multiplexer allows."""

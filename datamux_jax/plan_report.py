@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamux_jax import sharding, workdir
+from datamux_jax import report, sharding, workdir
 from datamux_jax.errors import InputError
 from datamux_jax.plan_search import Row
 from datamux_jax.planner import Estimate
@@ -102,13 +102,10 @@ def comparison(rows: Sequence[Row], topology: Topology) -> str:
     body = [_cells(row, rows, topology) for row in rows]
     if not any(row.run for row in rows):
         head, body = head[1:], [cells[1:] for cells in body]
-    widths = [max(len(cells[column]) for cells in [head, *body]) for column in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *body]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |" for cells in lines]
     problems = [
         f"{row.run or 'run'}, N = {row.config.num_instances}, {mesh_text(row)}: {row.problem}" for row in rows if row.problem
     ]
-    return "\n".join([*text, *problems])
+    return "\n".join([*report.table(head, body), *problems])
 
 
 def _cells(row: Row, rows: Sequence[Row], topology: Topology) -> list[str]:

@@ -82,6 +82,11 @@ def read_meshes(text: str) -> list[dict[str, int]]:
     return meshes
 
 
+def with_counts(runs: Mapping[str, Any], counts: Sequence[int]) -> list[tuple[str, Any]]:
+    """Every run, by name, with every N; without a list, as it is."""
+    return [(name, config) for name, run in runs.items() for config in [with_instances(run, n) for n in counts] or [run]]
+
+
 def candidates(
     runs: Mapping[str, Any], counts: Sequence[int], meshes: Sequence[Mapping[str, int]], topology: Topology, step: str
 ) -> list[tuple[str, Any]]:
@@ -91,12 +96,11 @@ def candidates(
       InputError: one of them does not fit.
     """
     found = []
-    for name, run in runs.items():
-        for config in [with_instances(run, count) for count in counts] or [run]:
-            for one in [with_mesh(config, mesh) for mesh in meshes] or [config]:
-                planner.check(one, step, topology)
-                sizes = planner.mesh_sizes(one, step, topology)  # What -1 stands for.
-                found.append((name, with_mesh(one, dict(zip(sharding.AXES, sizes, strict=True)))))
+    for name, config in with_counts(runs, counts):
+        for one in [with_mesh(config, mesh) for mesh in meshes] or [config]:
+            planner.check(one, step, topology)
+            sizes = planner.mesh_sizes(one, step, topology)  # What -1 stands for.
+            found.append((name, with_mesh(one, dict(zip(sharding.AXES, sizes, strict=True)))))
     return found
 
 

@@ -126,7 +126,7 @@ def _prediction(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _eval_groups(plan: Plan) -> int:
-    return sharding.whole_groups(plan.config.eval.batch_groups, plan.mesh)
+    return sharding.eval_groups(plan.config, plan.mesh)
 
 
 def _forward_flops(function: Callable[[Plan], tuple[Any, tuple[Any, ...]]]) -> Callable[[Plan], float]:
@@ -233,9 +233,8 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
     except jax.errors.JaxRuntimeError as error:
         raise _refused(error, topology) from error
     used = compiled.memory_analysis()
-    state = "parameters, optimizer and batch" if step == "train" else "parameters and batch"
     memory = {
-        state: used.argument_size_in_bytes,
+        _arguments(step): used.argument_size_in_bytes,
         "activations and temporaries": used.temp_size_in_bytes,
         "outputs": used.output_size_in_bytes - used.alias_size_in_bytes,
         "program": used.generated_code_size_in_bytes,
@@ -244,16 +243,28 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
     program = Program.read(compiled.as_text())
     found = program.collectives()
     return Estimate(
-        devices=plan.mesh.size,
-        instances=STEPS[step].groups(plan) * plan.config.num_instances,
+        **_about(plan, topology, step),
         memory=memory,
-        capacity=topology.chip.memory if topology else None,
         flops=program.flops(),
         times=_times(program, compiled.cost_analysis() or {}, found, topology.chip) if topology else None,
         collectives=found,
-        positions=plan.format.length,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params)),
     )
+
+
+def _arguments(step: str) -> str:
+    """What the memory of a step's arguments is for."""
+    return "parameters, optimizer and batch" if step == "train" else "parameters and batch"
+
+
+def _about(plan: Plan, topology: Topology | None, step: str) -> dict[str, Any]:
+    """What an estimate says of a step, compiled or not."""
+    return {
+        "devices": plan.mesh.size,
+        "instances": STEPS[step].groups(plan) * plan.config.num_instances,
+        "capacity": topology.chip.memory if topology else None,
+        "positions": plan.format.length,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params)),
+    }
 
 
 @contextlib.contextmanager
@@ -307,17 +318,12 @@ def _uncompiled(plan: Plan, topology: Topology | None, step: str) -> Estimate:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         return math.prod(shape) * (8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
 
-    state = "parameters, optimizer and batch" if step == "train" else "parameters and batch"
     size = sum(held(leaf) for leaf in jax.tree.leaves(arguments))
     return Estimate(
-        devices=plan.mesh.size,
-        instances=STEPS[step].groups(plan) * plan.config.num_instances,
-        memory={state: size, "total": size},
-        capacity=topology.chip.memory if topology else None,
+        **_about(plan, topology, step),
+        memory={_arguments(step): size, "total": size},
         flops=STEPS[step].flops(plan) / plan.mesh.size,
         times=None,
         collectives=[],
-        positions=plan.format.length,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params)),
         compiled=False,
     )

@@ -29,7 +29,7 @@ class Predictor(Inference):
                 f"{run.path} is a run with objective = {objective!r}: its classifier was never trained. Load a run with "
                 f"objective = {' or '.join(map(repr, OBJECTIVES))}, which may start from this one through init_from."
             )
-        groups = sharding.whole_groups(run.config.eval.batch_groups, run.mesh)
+        groups = sharding.eval_groups(run.config, run.mesh)
         identity = saved.identity(run.path, run.config, run.step)
         super().__init__(
             run.format, objective, instances=run.config.num_instances, groups=groups, cut=run.model.cut, identity=identity

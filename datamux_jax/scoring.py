@@ -91,7 +91,7 @@ def score(
       seed: of the grouping, and of what pre-training draws.
       every_slot: score each group `N` times, its instances moved on by one slot each time, so that every example stands in every slot.
     """
-    groups = sharding.whole_groups(config.eval.batch_groups, mesh)
+    groups = sharding.eval_groups(config, mesh)
     mine = sharding.local_groups(mesh, groups)
     batches = pipeline.eval_batches(arrays, groups=groups, instances=config.num_instances, seed=seed, mine=mine)
     passes = config.num_instances if every_slot else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,10 +100,15 @@ def inference_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return _mesh((len(devices), 1, 1), devices)
 
 
-def whole_groups(groups: int, mesh: Mesh) -> int:
-    """`groups` of a batch, rounded up so that every shard of the batch has the same number."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-groups // shards) * shards
+def _shards(mesh: Mesh | AbstractMesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def eval_groups(config: Any, mesh: Mesh) -> int:
+    """Groups of a batch of evaluation and prediction: `eval.batch_groups`, rounded up so that every shard has the same number."""
+    shards = _shards(mesh)
+    return -(-config.eval.batch_groups // shards) * shards
 
 
 def unbox(tree: Any) -> Any:
@@ -151,16 +157,15 @@ def constrain(x: jax.Array, last: str | None = None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    sizes = dict(mesh.shape)
-    groups = BATCH_AXES if x.shape[0] % (sizes["data"] * sizes["fsdp"]) == 0 else None
-    end = last if last and x.shape[-1] % sizes[last] == 0 else None
+    groups = BATCH_AXES if x.shape[0] % _shards(mesh) == 0 else None
+    end = last if last and x.shape[-1] % mesh.shape[last] == 0 else None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(groups, *[None] * (x.ndim - 2), end))
 
 
 def held(groups: int) -> int:
     """How many of `groups` a device holds: what is traced is meant for `on_mesh`, or for one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else int(np.prod([dict(mesh.shape)[axis] for axis in BATCH_AXES]))
+    shards = 1 if mesh.empty else _shards(mesh)
     return groups // shards if groups % shards == 0 else groups
 
 

@@ -106,6 +106,19 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def nearest(folder: Path) -> Path:
+    """`folder`, or what exists of its parents."""
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
+
+
+def obstacle(folder: Path) -> str:
+    """Why files cannot be written to `folder`, which need not exist yet; "" where they can."""
+    existing = nearest(folder)
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return ""
+    return f"{'no permission in' if existing.is_dir() else 'this is a file:'} {existing}"
+
+
 @contextlib.contextmanager
 def claimed(
     workdir: Path, config: ml_collections.ConfigDict, needed_bytes: int, check: Callable[[], None] = lambda: None
@@ -129,11 +142,9 @@ def claimed(
             f"--workdir={workdir} exists and is not the folder of a run (it holds no {CONFIG}), so nothing is written there. "
             "Choose a new or empty folder."
         )
-    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = "no permission in" if existing.is_dir() else "this is a file:"
-        raise InputError(f"--workdir={workdir} cannot be written: {problem} {existing}. Choose another folder.")
-    free = shutil.disk_usage(existing).free
+    if problem := obstacle(workdir):
+        raise InputError(f"--workdir={workdir} cannot be written: {problem}. Choose another folder.")
+    free = shutil.disk_usage(nearest(workdir)).free
     if free < needed_bytes:
         raise InputError(
             f"The disk of --workdir={workdir} has {free / 1e6:,.0f} MB left, but this run needs about {needed_bytes / 1e6:,.0f} MB "

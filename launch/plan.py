@@ -82,14 +82,12 @@ def main(argv: Sequence[str]) -> None:
 
 def _rows(runs: dict[str, Any], counts: Sequence[int], meshes: Sequence[dict[str, int]], machine: Topology) -> Iterator[Row]:
     from datamux_jax import plan_search
-    from datamux_jax.config import with_instances
 
     estimator = functools.partial(_estimate, machine)
     if not SEARCH.value:
         yield from plan_search.sweep(plan_search.candidates(runs, counts, meshes, machine, STEP.value), estimator)
         return
-    named = [(name, with_instances(run, count)) for name, run in runs.items() for count in counts]
-    named = named or list(runs.items())
+    named = plan_search.with_counts(runs, counts)
     for _, config in named:
         plan_search.meshes_of(config, machine)  # Refuses, before the first is compiled.
     for name, config in named:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from datamux_jax import sharding
-from datamux_jax.analysis.parts import check_part, eval_groups, rotations
+from datamux_jax.analysis.parts import check_part, rotations
 from datamux_jax.analysis.readings import Reading, reader
 from datamux_jax.data.pipeline import Arrays, eval_batches
 from datamux_jax.errors import InputError
@@ -45,7 +45,7 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
     if companions < 2:
         raise InputError(f"companions = {companions} leaves nothing to compare. Ask for at least 2.")
     examples, instances = len(arrays["inputs"]), run.config.num_instances
-    read, groups = reader(run), eval_groups(run)
+    read, groups = reader(run), sharding.eval_groups(run.config, run.mesh)
     batches = -(-examples // groups)
     progress = Progress(label, companions * batches)
     total: np.ndarray | None = None  # Sums of unit vectors over draws: their lengths tell the mean cosine of all pairs.

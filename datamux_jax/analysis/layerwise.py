@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
-from datamux_jax import metrics, scoring
-from datamux_jax.analysis.parts import transformer
+from datamux_jax.analysis.parts import totals_of, transformer
 from datamux_jax.data.pipeline import Arrays
 from datamux_jax.layers import Block
 from datamux_jax.model import MultiplexedTransformer
-from datamux_jax.progress import Progress
 from datamux_jax.runs import Run
 
 
@@ -38,12 +36,7 @@ def layer_statistics(run: Run, arrays: Arrays, *, groupings: int = 1, label: str
     model = unrolled(transformer(run, "layers"))
     layers = model.spec.num_layers
     step = jax.jit(lambda params, batch, key: (layer_sums(model, params, batch), None))
-    progress = Progress(label, groupings)
-    totals: metrics.Totals = {}
-    for seed in range(groupings):
-        totals = metrics.merge([totals, scoring.score(step, run.params, arrays, run.config, run.mesh, seed=seed).totals])
-        progress.update(seed + 1)
-    progress.close()
+    totals = totals_of(step, run, arrays, groupings, label)
     return {name: [float(totals[name][0][i] / totals[name][1][i]) for i in range(layers)] for name in totals}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from datamux_jax import sharding
+from datamux_jax import metrics, scoring
 from datamux_jax.data.pipeline import Arrays
 from datamux_jax.errors import InputError
 from datamux_jax.model import MultiplexedTransformer
+from datamux_jax.progress import Progress
 from datamux_jax.runs import Run
 
 # Part -> its heading in reports.
@@ -66,9 +67,15 @@ def check_examples(run: Run, count: int) -> None:
         )
 
 
-def eval_groups(run: Run) -> int:
-    """Groups of a batch: every device takes the same number."""
-    return sharding.whole_groups(run.config.eval.batch_groups, run.mesh)
+def totals_of(step: scoring.Step, run: Run, arrays: Arrays, groupings: int, label: str) -> metrics.Totals:
+    """The sums of `step` over all examples in each of `groupings` random groupings; grouping `g` is drawn with the seed `g`."""
+    progress = Progress(label, groupings)
+    totals: metrics.Totals = {}
+    for seed in range(groupings):
+        totals = metrics.merge([totals, scoring.score(step, run.params, arrays, run.config, run.mesh, seed=seed).totals])
+        progress.update(seed + 1)
+    progress.close()
+    return totals
 
 
 def rotations(examples: int, instances: int, rng: np.random.Generator) -> np.ndarray:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from datamux_jax import sharding
 from datamux_jax.analysis.companions import mixtures
-from datamux_jax.analysis.parts import check_part, eval_groups, rotations
+from datamux_jax.analysis.parts import check_part, rotations
 from datamux_jax.analysis.readings import Reading, reader
 from datamux_jax.data.pipeline import Arrays
 from datamux_jax.progress import Progress
@@ -54,7 +55,7 @@ def projection(run: Run, arrays: Arrays, *, label: str = "projection") -> tuple[
     examples, instances = len(arrays["inputs"]), run.config.num_instances
     rng = np.random.default_rng(0)
     order = rotations(examples, instances, rng)
-    groups = eval_groups(run)
+    groups = sharding.eval_groups(run.config, run.mesh)
     progress = Progress(label, -(-examples // groups))
     drawn = []
     for number, found in enumerate(mixtures(run, reader(run), arrays, order, groups)):

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import losses, metrics, scoring
-from datamux_jax.analysis.parts import check_part, transformer
+from datamux_jax import losses
+from datamux_jax.analysis.parts import check_part, totals_of, transformer
 from datamux_jax.data.pipeline import Arrays
 from datamux_jax.model import call
-from datamux_jax.progress import Progress
 from datamux_jax.runs import Run
 
 
@@ -42,14 +41,7 @@ def retrieval_by_position(run: Run, arrays: Arrays, *, groupings: int = 1, label
         right = (read == batch["inputs"][..., : read.shape[2]]) * counted
         return {"retrieval": (right.sum(0), counted.sum(0))}, None
 
-    step = jax.jit(sums)
-    progress = Progress(label, groupings)
-    totals: metrics.Totals = {}
-    for seed in range(groupings):
-        totals = metrics.merge([totals, scoring.score(step, run.params, arrays, run.config, run.mesh, seed=seed).totals])
-        progress.update(seed + 1)
-    progress.close()
-    right_NxL, count_NxL = totals["retrieval"]
+    right_NxL, count_NxL = totals_of(jax.jit(sums), run, arrays, groupings, label)["retrieval"]
     return {
         "accuracy": shares(right_NxL.sum(), count_NxL.sum()),
         "per_slot": shares(right_NxL.sum(1), count_NxL.sum(1)),

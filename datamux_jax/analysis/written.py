@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,12 +102,8 @@ def _target(folder: Path) -> Path:
     Raises:
       InputError: they cannot.
     """
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = "no permission in" if existing.is_dir() else "this is a file:"
-        raise InputError(
-            f"The analysis cannot be written to {folder}: {problem} {existing}. Choose another folder with --output."
-        )
+    if problem := workdir.obstacle(folder):
+        raise InputError(f"The analysis cannot be written to {folder}: {problem}. Choose another folder with --output.")
     return folder
 
 
