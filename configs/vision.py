@@ -3,15 +3,15 @@
     python -m launch.train --config=configs/vision.py:lenet,mux=nonlinear_expand,n=8,data=MNIST --workdir=runs/lenet
 
 Defaults are the published protocol: 20x20 pixels, 15 epochs, SGD with rate 0.1, 32 groups a step, squared error to targets of +-1; for
-the Transformer cross-entropy and AdamW. An epoch is every training image once. N = 1 is the plain network, nothing mixed or unmixed.
-Arguments:
+the Transformer cross-entropy and AdamW. An epoch has as many groups as there are training images, for all N, as in the published
+notebook: every image is seen N times. N = 1 is the plain network, nothing mixed or unmixed. Arguments:
 
     lenet              the network, first and without a name: lenet, mlp or transformer
     data=              digits, of scikit-learn, enlarged; mnist, of TensorFlow Datasets; or a folder with MNIST's four idx files
     n=1+2+4+8          numbers of instances
     mux=               transformation: for lenet and mlp of datamux_jax/image_mixing.py or mixing.py, for transformer of mux.py
     demux=             mlp, layers of each instance's own, or rsa, a key for each
-    plain=false        N = 1 is mixed and unmixed too: the same network for all N
+    plain=false        N = 1 is mixed and unmixed too: the same network for all N, as published
     loss=              squared or cross_entropy
     optimizer=         sgd or adamw
     rate=              learning rate
@@ -70,13 +70,13 @@ def get_config(arg=None):
         c.optimizer.weight_decay = c.optimizer.grad_clip = 0.0
     examples = arg.examples or (len(digits().split("train")) if arg.data == "digits" else MNIST_EXAMPLES)
     small = min(arg.groups, arg.epochs, *arg.n) < 1 or arg.validation < 0
-    steps = {} if small else {n: round(arg.epochs * (examples - arg.validation) / (arg.groups * n)) for n in arg.n}
-    if not steps or min(steps.values()) < 1:
+    steps = 0 if small else arg.epochs * ((examples - arg.validation) // arg.groups)
+    if steps < 1:
         raise InputError(
             f"epochs={arg.epochs} of {examples - arg.validation} images with groups={arg.groups} and n={'+'.join(map(str, arg.n))} "
             "leave a run without a step. Raise epochs, or lower the others."
         )
-    common.set_runs(c, {f"n{n}": _run(n, steps[n], arg) for n in steps})
+    common.set_runs(c, {f"n{n}": _run(n, steps, arg) for n in arg.n})
     return c
 
 

@@ -20,15 +20,13 @@ MIXERS: dict[str, type[nn.Module]] = {**MIXING, **IMAGE_MIXING}
 
 
 class Classes(nn.Module):
-    """Class logits of states `[..., D]`; of the squared loss, whose targets are +-1, with tanh, as published."""
+    """Class logits of states `[..., D]`. The published network ends in tanh; here `losses.squared_loss` applies it."""
 
     num_classes: int
-    squashed: bool
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        y = dense(z, self.num_classes, "dense")(z).astype(jnp.float32)
-        return nn.tanh(y) if self.squashed else y
+        return dense(z, self.num_classes, "dense")(z).astype(jnp.float32)
 
 
 class ImageClassifier(Network):
@@ -74,7 +72,7 @@ def build_classifier(config: Any, *, num_classes: int) -> ImageClassifier:
             backbone=_backbone(config, plain),
             demux=None if plain else _unmixer(config),
             num_instances=config.num_instances,
-            head=Classes(num_classes, config.task_loss == "squared"),
+            head=Classes(num_classes),
         ),
         config.dtype,
     )
@@ -122,9 +120,20 @@ def check(config: Any) -> None:
         ("remat", config.remat, "none"),
         ("scan_layers", config.scan_layers, False),
         ("model.dropout_rate", config.model.dropout_rate, 0),
+        ("model.pool", config.model.pool, "mean"),
+        ("mux.attend_padding", config.mux.attend_padding, False),
     ):
         if value != unset:
             raise InputError(
                 f"{key} = {value!r} is for Transformers, and model.backbone = {config.model.backbone!r} does not read it. Leave it "
                 f"{unset!r}."
+            )
+    for key, value, unset, reader in (
+        ("mux.norm", config.mux.norm, 0, "gaussian_hadamard"),
+        ("mux.epsilon", config.mux.epsilon, 0, "binary_hadamard"),
+    ):
+        if value != unset and config.mux.name != reader:
+            raise InputError(
+                f"{key} = {value!r} is a setting of mux.name = {reader!r}, and mux.name = {config.mux.name!r} does not read it. Leave it "
+                f"{unset!r}, or choose that multiplexer."
             )

@@ -109,18 +109,18 @@ def classification_loss(
 def squared_loss(
     model: Network, params: Any, h_BxLxD: Array, batch: Batch, rngs: Mapping[str, Array], train: bool
 ) -> tuple[Sums, Array]:
-    """DataMUX's loss for images: for each instance the mean over groups of `0.5 * |y - t|^2`, summed over instances.
+    """DataMUX's loss for images: the mean of `0.5 * (y - t)^2` over groups and classes, summed over instances; and logits `[B, N, C]`.
 
-    Targets `t` are 1 for the class and -1 for the others, and the square is that of the distance: a mean over the 10 classes too would
-    be the same update of SGD at a tenth of the rate, which in 15 epochs does not reach the published accuracies. In the sums stands the
-    mean over all instances times `N`, which is the same where every slot has as many examples, as in training.
+    Targets `t` are 1 for the class and -1 for the others. Outputs `y` are tanh of the logits; it lies here, and not in the network, so
+    that softmax of what the network gives is a probability: of numbers between -1 and 1 it could never be near 0 or 1. In the sums
+    stands the mean over all instances times `N`, which is the same where every slot has as many examples, as in training.
     """
-    outputs = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))
+    logits = call(model, params, "classify", h_BxLxD, batch["mask"], train, rngs=dropout_stream(rngs, 2))
     label, weight = batch["label"], batch["weight"]
-    target = 2 * jax.nn.one_hot(label, outputs.shape[-1]) - 1
-    loss = 0.5 * jnp.square(outputs - target).sum(-1) * label.shape[1]
-    sums = _cross_entropy(outputs, label, weight)  # Accuracy is read in the same way.
-    return {**sums, "task_loss": ((loss * weight).sum(), weight.sum())}, outputs
+    target = 2 * jax.nn.one_hot(label, logits.shape[-1]) - 1
+    loss = 0.5 * jnp.square(jnp.tanh(logits) - target).mean(-1) * label.shape[1]
+    sums = _cross_entropy(logits, label, weight)  # Accuracy is read in the same way.
+    return {**sums, "task_loss": ((loss * weight).sum(), weight.sum())}, logits
 
 
 def regression_loss(

@@ -106,7 +106,7 @@ def attention(
       draws: of everything, over which errors are averaged.
 
     Raises:
-      InputError: an unknown mixer, or no `D` holds any `N`.
+      InputError: an unknown mixer, no `D` holds any `N`, or `draws` below 1.
     """
     for name in mixers:
         if name not in MIXERS:
@@ -134,6 +134,9 @@ def norms(
     """Measures what a LayerNorm over the mixed row costs, and that one of each instance's state costs nothing; float32.
 
     Args: as `attention`; the mixed row is `D = N d` wide.
+
+    Raises:
+      InputError: `draws` below 1.
     """
     rows = []
     for n in instances:
@@ -192,6 +195,8 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def _keys(key: Array, draws: int) -> list[Array]:
+    if draws < 1:
+        raise InputError(f"draws = {draws} leaves nothing to average over. Ask for at least 1.")
     # Draw by draw the same for every mixer, N and D: differences in a table are theirs.
     return [jax.random.fold_in(key, draw) for draw in range(draws)]
 

@@ -256,9 +256,15 @@ def block_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str, Any]:
       spec: of the mixed block, as `mixed_spec` gives it.
 
     Raises:
-      InputError: widths or heads do not fit together.
+      InputError: widths, heads or units of the MLP do not fit together.
     """
     instances = len(places.read_NxdxD)
+    units = single["mlp_in"]["bias"].shape[-1]
+    if spec.mlp_dim != instances * units:
+        raise InputError(
+            f"The mixed block has mlp_dim = {spec.mlp_dim}; {instances} instances of {units} units need {instances * units}. "
+            f"mixed_spec(spec, {instances}, {spec.hidden_size}) gives that."
+        )
     inner = {name: np.asarray(value, np.float64) for name, value in single["mlp_in"].items()}
     outer = np.asarray(single["mlp_out"]["kernel"], np.float64)
     dtype = single["mlp_out"]["kernel"].dtype
@@ -280,8 +286,13 @@ def block_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str, Any]:
 def normed_block_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str, Any]:
     """Parameters of one `InstanceNormBlock` of sizes `spec` that computes `N` post-LN blocks `layers.Block`.
 
-    Args, Raises: as `block_weights`; also
-      InputError: the instances' images are not orthogonal.
+    Args:
+      single: parameters of a `layers.Block` for one instance, unboxed; its LayerNorms are kept.
+      places: where the instances live, in orthogonal subspaces of the mixed row.
+      spec: of the mixed block, as `mixed_spec` gives it.
+
+    Raises:
+      InputError: widths, heads or units of the MLP do not fit together, or the subspaces are not orthogonal.
     """
     columns = np.concatenate(places.write_NxDxd, axis=1)
     gram = columns.T @ columns

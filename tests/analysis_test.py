@@ -192,7 +192,7 @@ OBJECTIVES = ["tagging", *[pytest.param(name, marks=pytest.mark.slow) for name i
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_is_read(objective, tmp_path):
+def test_every_objective_is_read(objective, tmp_path, monkeypatch):
     run, arrays = fresh_run(text_config(2, objective=objective, model__init_stddev=0.5, demux__name="index"))
     arrays = dict(scoring.first_examples(arrays, 20))
     rng = np.random.default_rng(0)
@@ -205,6 +205,11 @@ def test_every_objective_is_read(objective, tmp_path):
     assert -1 < found["chance"] < found["similarity"] < 1
     assert ("spread" in found) == (objective == "regression")
     assert ("accuracy" in found) == (objective != "regression")
+    if objective == "tagging":
+        monkeypatch.setattr(companions, "POSITIONS", arrays["inputs"].shape[1] // 2)
+        some = analysis.interference(run, arrays, companions=2)
+        assert 0 < abs(some["similarity"] - found["similarity"]) < 0.1
+        assert some["accuracy"] == found["accuracy"]
     mixed, states = analysis.projection(run, arrays)
     assert states.xy.shape == (40, 2)
     assert sorted(states.slot.tolist()) == [0] * 20 + [1] * 20
@@ -215,6 +220,18 @@ def test_every_objective_is_read(objective, tmp_path):
     pictures.interference(tmp_path / "a.png", found, "A")
     pictures.projection(tmp_path / "b.png", mixed, states, "B", None if objective == "regression" else str, "label")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("a.png", "b.png"))
+
+
+def test_positions_that_not_all_instances_share_are_drawn_too(tmp_path):
+    run, arrays = fresh_run(text_config(2, objective="tagging", model__init_stddev=0.5))
+    arrays = dict(scoring.first_examples(arrays, 20))
+    arrays["label"] = np.full(arrays["mask"].shape, NO_LABEL, np.int32)
+    arrays["label"][:10, 1] = 0
+    arrays["label"][10:, 2] = 1  # No position has tags of both halves; of one half it has.
+    mixed, states = analysis.projection(run, {name: array[[0, 10]] for name, array in arrays.items()})
+    assert set(mixed.mark.ravel().tolist()) <= {0, 1, NO_LABEL}
+    assert NO_LABEL in mixed.mark and NO_LABEL not in states.mark
+    pictures.projection(tmp_path / "a.png", mixed, states, "A", ("zero", "one").__getitem__, "tag")
 
 
 @pytest.fixture(scope="module")

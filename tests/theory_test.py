@@ -174,6 +174,13 @@ def test_what_does_not_fit_is_refused():
         theory.attention_weights(single, theory.subspaces(matrices, 4, jax.random.key(0)), s.mixed)
     with pytest.raises(InputError, match=r"mixed_spec\(spec, 2, 16\)"):
         theory.attention_weights(single, s.places, SPEC)
+    block = weights(theory.PlainBlock(s.spec), s.spec)
+    with pytest.raises(
+        InputError, match=r"has mlp_dim = 7; 2 instances of 12 units need 24. mixed_spec\(spec, 2, 16\) gives that"
+    ):
+        theory.block_weights(block, s.places, dataclasses.replace(s.mixed, mlp_dim=7))
+    with pytest.raises(InputError, match="draws = 0 leaves nothing to average over"):
+        residue.norms(jax.random.key(0), draws=0)
     with pytest.raises(InputError, match="Contextual looks at what it mixes"):
         theory.mixing_matrices(Contextual(s.mixed, 2), {})
     overlapping = theory.subspaces(np.stack([np.eye(16)] * 2), 8, jax.random.key(0))

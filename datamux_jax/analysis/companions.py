@@ -15,6 +15,8 @@ from datamux_jax.errors import InputError
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run
 
+POSITIONS = 16  # Of rows of tokens, at which states are compared: those of all positions would not fit into memory.
+
 
 def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str = "interference") -> dict[str, Any]:
     """How much of what comes out for an instance depends on who it is mixed with.
@@ -32,6 +34,7 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
       Each as a mean over slots and, as `NAME_per_slot`, in every slot:
       `similarity`: cosine between the demultiplexed states of one instance with different companions, mean over all pairs of draws.
       `chance`: the same between different instances (in the same slot; of tokens, at the same position).
+      Of rows of tokens these two are read at 16 positions, evenly spread from the first to the last.
       For classes, tags and tokens: `changed`, share of draws whose prediction is not the one that most draws give; `accuracy` and
       `accuracy_std`, over draws (population).
       For numbers: `spread`, standard deviation of the prediction over draws (root mean square); `squared_error` and
@@ -49,25 +52,28 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
     batches = -(-examples // groups)
     progress = Progress(label, companions * batches)
     total: np.ndarray | None = None  # Sums of unit vectors over draws: their lengths tell the mean cosine of all pairs.
+    places = np.zeros(0, int)
     weight = truth = np.zeros(0)
     guesses = []
     for draw in range(companions):
         order = rotations(examples, instances, np.random.default_rng(draw))
         drawn = []
         for number, found in enumerate(mixtures(run, read, arrays, order, groups)):
-            units = found.states / np.maximum(np.linalg.norm(found.states, axis=-1, keepdims=True), 1e-12)
             rows = order[number * groups : (number + 1) * groups]
             if total is None:
-                total = np.zeros((examples, *units.shape[1:]), np.float32)
+                places = np.linspace(0, found.states.shape[2] - 1, min(POSITIONS, found.states.shape[2])).round().astype(int)
+                total = np.zeros((examples, instances, len(places), found.states.shape[-1]), np.float32)
+            states = found.states[: len(rows), :, places]
+            units = states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
             at = rows, np.arange(instances)
-            total[at] += (units * found.weight[..., None])[: len(rows)]
+            total[at] += units * found.weight[: len(rows), :, places, None]
             drawn.append((rows, *(np.asarray(x)[: len(rows)] for x in (found.guess, found.truth, found.weight))))
             progress.update(draw * batches + number + 1)
         guess, truth, weight = _in_order(drawn, examples)
         guesses.append(guess)
     progress.close()
     assert total is not None
-    result = _similarities(total, weight, companions) | _predictions(
+    result = _similarities(total, weight[..., places], companions) | _predictions(
         np.stack(guesses), truth, weight, run.config.objective != "regression"
     )
     return {"examples": examples, "companions": companions, **result}
@@ -96,7 +102,7 @@ def _in_order(drawn: list[tuple[np.ndarray, ...]], examples: int) -> list[np.nda
 
 def _similarities(total_MxNxPxD: np.ndarray, weight_MxNxP: np.ndarray, draws: int) -> dict[str, Any]:
     """Mean cosines of pairs, from sums of unit vectors: `|sum|^2` is the sum over all pairs, those of a vector with itself included."""
-    squares = np.square(total_MxNxPxD.astype(np.float64)).sum(-1)
+    squares = np.einsum("mnpd,mnpd->mnp", total_MxNxPxD, total_MxNxPxD, dtype=np.float64)
     own = (squares - draws * weight_MxNxP) / (draws * (draws - 1))
     together = np.square(total_MxNxPxD.sum(0, dtype=np.float64)).sum(-1)  # [N, P]
     count = weight_MxNxP.sum(0)

@@ -10,6 +10,7 @@ import numpy as np
 
 from datamux_jax import workdir
 from datamux_jax.analysis.points import Points
+from datamux_jax.losses import NO_LABEL
 
 MARKS = 10  # Labels or tokens with a colour of their own; all others are grey.
 POINTS = 2000  # More would cover each other.
@@ -163,7 +164,8 @@ def scatter(points: Points, title: str, name: Callable[[int], str] | None) -> Ca
                 axes.scatter(x[rest], y[rest], color="lightgrey", s=6, linewidths=0, label="others")
             for number, value in enumerate(common):
                 here = mark == value
-                axes.scatter(x[here], y[here], color=f"C{number}", s=9, linewidths=0, label=name(int(value)))
+                text = "nothing" if value == NO_LABEL else name(int(value))
+                axes.scatter(x[here], y[here], color=f"C{number}", s=9, linewidths=0, label=text)
             axes.legend(fontsize=7, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(f"first component, {points.share[0]:.0%} of the variance", fontsize=8)

@@ -11,6 +11,7 @@ from datamux_jax.analysis.companions import mixtures
 from datamux_jax.analysis.parts import check_part, rotations
 from datamux_jax.analysis.readings import Reading, reader
 from datamux_jax.data.pipeline import Arrays
+from datamux_jax.losses import NO_LABEL
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run
 
@@ -22,7 +23,8 @@ class Points(NamedTuple):
       xy: `[n, 2]`.
       share: of the variance that each of the two components has.
       slot: of each demultiplexed state, `[n]`; of mixed states, which belong to all slots, None.
-      mark: class, number, tag or token that a state stands for, `[n]`; of mixed states, of the instance in each slot, `[n, N]`.
+      mark: class, number, tag or token that a state stands for, `[n]`; of mixed states, of the instance in each slot, `[n, N]`, `NO_LABEL`
+        where one has nothing there.
       between_slots: share of the variance of all dimensions that lies between the means of slots, see `between`; None of mixed states.
       between_marks: likewise of classes, tags or tokens; of mixed states, mean over slots; None of numbers.
     """
@@ -63,12 +65,14 @@ def projection(run: Run, arrays: Arrays, *, label: str = "projection") -> tuple[
         progress.update(number + 1)
     progress.close()
     mixed, states, there, mark = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    mark = np.where(there, mark, NO_LABEL)
     slot = np.broadcast_to(np.arange(instances), there.shape)[there]
     rows = there.all(-1)  # Of a mixed state every instance should have something at the position.
     if not rows.any():
         rows = there.any(-1)
     classes = run.config.objective != "regression"
-    sides = [share for column in mark[rows].T if (share := between(mixed[rows], column)) is not None] if classes else []
+    columns = [(mixed[one], column[one]) for column in mark.T if (one := rows & (column != NO_LABEL)).any()] if classes else []
+    sides = [share for states_nxD, column in columns if (share := between(states_nxD, column)) is not None]
     return (
         Points(*components(mixed[rows]), None, mark[rows], None, float(np.mean(sides)) if sides else None),
         Points(

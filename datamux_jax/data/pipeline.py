@@ -153,6 +153,11 @@ class Format:
             raise InputError(
                 "The features hold a NaN or an infinity, and one such value spoils its whole group. Remove or replace it first."
             )
+        if self.image_size and features.size and not 0 <= features.min() <= features.max() <= 1:
+            raise InputError(
+                f"This model reads images with pixels from 0 (background) to 1, but got values from {features.min():g} to "
+                f"{features.max():g}. Divide bytes by 255."
+            )
         return {"inputs": features, "mask": np.ones(features.shape[:2], np.int32)}
 
     def _encode_texts(self, tokenizer: Tokenizer, inputs: Any) -> Arrays:
