@@ -134,6 +134,6 @@ def check(config: Any) -> None:
     ):
         if value != unset and config.mux.name != reader:
             raise InputError(
-                f"{key} = {value!r} is a setting of mux.name = {reader!r}, and mux.name = {config.mux.name!r} does not read it. Leave it "
-                f"{unset!r}, or choose that multiplexer."
+                f"{key} = {value!r} is a setting of mux.name = {reader!r}, and mux.name = {config.mux.name!r} does not read it. "
+                f"Leave it {unset!r}, or choose that multiplexer."
             )

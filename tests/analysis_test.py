@@ -230,7 +230,8 @@ def test_positions_that_not_all_instances_share_are_drawn_too(tmp_path):
     arrays["label"][10:, 2] = 1  # No position has tags of both halves; of one half it has.
     mixed, states = analysis.projection(run, {name: array[[0, 10]] for name, array in arrays.items()})
     assert set(mixed.mark.ravel().tolist()) <= {0, 1, NO_LABEL}
-    assert NO_LABEL in mixed.mark and NO_LABEL not in states.mark
+    assert NO_LABEL in mixed.mark
+    assert NO_LABEL not in states.mark
     pictures.projection(tmp_path / "a.png", mixed, states, "A", ("zero", "one").__getitem__, "tag")
 
 

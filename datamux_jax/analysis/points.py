@@ -23,8 +23,8 @@ class Points(NamedTuple):
       xy: `[n, 2]`.
       share: of the variance that each of the two components has.
       slot: of each demultiplexed state, `[n]`; of mixed states, which belong to all slots, None.
-      mark: class, number, tag or token that a state stands for, `[n]`; of mixed states, of the instance in each slot, `[n, N]`, `NO_LABEL`
-        where one has nothing there.
+      mark: class, number, tag or token that a state stands for, `[n]`; of mixed states, of the instance in each slot, `[n, N]`,
+        `NO_LABEL` where one has nothing there.
       between_slots: share of the variance of all dimensions that lies between the means of slots, see `between`; None of mixed states.
       between_marks: likewise of classes, tags or tokens; of mixed states, mean over slots; None of numbers.
     """
