@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import gc
 import multiprocessing
 from collections.abc import Callable
@@ -58,4 +59,10 @@ def in_own_process(function: Callable[..., dict[str, int]], *args: Any) -> dict[
     """`function(*args)` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
+        try:
+            return pool.submit(function, *args).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise InputError(
+                "--memory=process: the process whose memory is measured was killed, which happens where memory runs out. Give smaller "
+                "batches, leave that network out, or use --memory=program."
+            ) from error

@@ -79,7 +79,9 @@ def read_results(files: Sequence[str]) -> list[dict[str, Any]]:
                 )
             for metric in score["metrics"][:1]:
                 of = {"name": name, "num_instances": score["num_instances"], "metric": metric}
-                found.append({**of, "value": score[metric], "std": score[f"{metric}_std"]})
+                if score.get(metric) is None:
+                    raise InputError(f"--results={file}: {name} has no value of {metric}. Evaluate it anew, or leave it out.")
+                found.append({**of, "value": score[metric], "std": score.get(f"{metric}_std", 0.0)})
     if files and not found:
         raise InputError(f"--results={','.join(files)}: no run there learned a task, so there is no accuracy. Name others.")
     if len(different := sorted({one["metric"] for one in found})) > 1:
@@ -108,7 +110,7 @@ def markdown(contents: dict[str, Any]) -> str:
     for balance in settings["balances"]:
         for scope in settings["scopes"]:
             rows = [row for row in contents["rows"] if (row["balance"], row["scope"]) == (balance, scope)]
-            lines += [f"## {what}, {TITLES[balance]}, {TITLES[scope]}", "", *_table(rows), ""]
+            lines += [f"## {what}, {TITLES[balance]}, {TITLES[scope]}", "", *_table(rows, contents["reference"]), ""]
     if contents["stages"]:
         lines += ["## Stages of a prediction, each compiled by itself", "", *_stages(contents["stages"]), ""]
     if contents["results"]:
@@ -128,7 +130,7 @@ def _notes(contents: dict[str, Any]) -> list[str]:
         f"Medians of {settings['windows']} windows of {settings['seconds']} s (at least one call), all rows interleaved in one "
         "process; compiling (for others: loading, exporting) and the first call are left out, and stand in columns of their own. "
         f"IQR: interquartile range over median. Ratio: to {contents['reference']}, median of the ratios window by window; per N: "
-        "that over N. Rows are full; weights are random unless a run was given.",
+        "that over the ratio of their N. Rows are full; weights are random unless a run was given.",
         "",
         {
             "program": "Memory: what the compiled program holds at once on a device, by the compiler: arguments (parameters included), "
@@ -147,7 +149,8 @@ def _memory(row: Mapping[str, Any]) -> int | None:
     return next((row[key] for key in ("device_peak_bytes", "peak_rss_bytes", "program_bytes") if row.get(key)), None)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table(rows: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
+    base = next(row["num_instances"] for row in rows if row["name"] == reference)
     header = [
         *("network", "N", "parameters", "groups", "instances a call", "instances/s", "IQR"),
         *("ratio", "per N", "setup, s", "first call, s", "memory"),
@@ -165,7 +168,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 _rate(row["instances_per_second"]),
                 f"{row['spread']:.1%}",
                 f"{row['ratio']:.2f}x",
-                f"{row['ratio'] / row['num_instances']:.2f}",
+                f"{row['ratio'] * base / row['num_instances']:.2f}",
                 f"{row['setup_seconds']:.1f}",
                 f"{row['first_call_seconds']:.2f}",
                 f"{memory / 2**20:,.0f} MiB" if memory else "",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 
 from datamux_jax import benchmark_memory, benchmark_report, breakdown, contenders, workdir
@@ -20,6 +21,7 @@ from datamux_jax.losses import TASK_LOSSES
 
 MEMORY = ("program", "process")
 JSON = "benchmark.json"
+BATCHES = 2  # A call end to end, unless it is said.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Settings:
       step: "predict" or "train".
       balances: of "groups" (every network gets as many mixed rows) and "instances" (as many instances).
       scopes: of "device" (inputs lie there, results stay there) and "end_to_end" (from raw inputs to fetched results).
-      instances: of a batch at equal instances; 0: the smallest number from `groups` on that every N divides.
-      batches: that a call handles end to end; the next one is started before the last one is fetched.
+      instances: of a batch at equal instances; 0: the smallest number from `groups` on that every N divides, on all devices.
+      batches: that a call handles end to end, the next one being started before the last one is fetched; 0: 2.
       windows: timed windows each.
       seconds: length of a window.
       memory: "program", what the compiler says, or "process", the peak of a process for each.
@@ -43,7 +45,7 @@ class Settings:
     balances: tuple[str, ...] = BALANCES
     scopes: tuple[str, ...] = ("device",)
     instances: int = 0
-    batches: int = 2
+    batches: int = 0
     windows: int = 15
     seconds: float = 0.3
     memory: str = "program"
@@ -79,13 +81,14 @@ def groups_of(entries: Sequence[Entry], balance: str, settings: Settings) -> dic
                 f"same with --config.{key}=, or leave 'groups' out of --balance."
             )
         return given
-    common = math.lcm(*(e.config.num_instances for e in entries))
+    # Every batch has a multiple of the devices of groups.
+    common = math.lcm(*(e.config.num_instances for e in entries)) * jax.device_count()
     total = settings.instances or -(-max(given.values()) // common) * common
     if total % common:
         numbers = ", ".join(map(str, sorted({e.config.num_instances for e in entries})))
         raise InputError(
-            f"--instances={total} is not a multiple of every number of instances ({numbers}). Give a multiple of {common}, or "
-            "leave 'instances' out of --balance."
+            f"--instances={total} is not a multiple of every number of instances ({numbers}) on {jax.device_count()} device(s). Give a "
+            f"multiple of {common}, or leave 'instances' out of --balance."
         )
     return {e.name: total // e.config.num_instances for e in entries}
 
@@ -101,12 +104,18 @@ def check_settings(entries: Sequence[Entry], settings: Settings, output: Path) -
     for flag, values, known in (("balance", settings.balances, BALANCES), ("scope", settings.scopes, SCOPES)):
         for value in values or ("",):
             choose(known, value, f"The value --{flag} =")
-    if settings.windows < 1 or settings.batches < 1 or not 0 < settings.seconds < math.inf or settings.instances < 0:
+    if settings.windows < 1 or not 0 < settings.seconds < math.inf or min(settings.batches, settings.instances) < 0:
         raise InputError(
             f"--windows={settings.windows}, --seconds={settings.seconds}, --batches={settings.batches}, "
-            f"--instances={settings.instances}: windows and batches are at least 1, seconds are more than 0, and instances are 0 or "
+            f"--instances={settings.instances}: windows are at least 1, seconds are more than 0, and batches and instances are 0 or "
             "more."
         )
+    for flag, value, reader, readers in (
+        ("instances", settings.instances, "balance=instances", settings.balances),
+        ("batches", settings.batches, "scope=end_to_end", settings.scopes),
+    ):
+        if value and reader.partition("=")[2] not in readers:
+            raise InputError(f"--{flag}={value} is for --{reader}, which is not measured. Leave it out, or measure that too.")
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"--contenders names {', '.join(twice)} twice. Name each once.")
@@ -193,7 +202,7 @@ def run(entries: Sequence[Entry], settings: Settings, output: Path, about: dict[
         contents["networks"][entry.name] = _about(entry, error)
         for balance in settings.balances:
             groups = groups_of(entries, balance, settings)[entry.name]
-            timed[entry.name, balance] = one.timed(groups, settings.batches)
+            timed[entry.name, balance] = one.timed(groups, settings.batches or BATCHES)
             contents["rows"] += _rows(entry, balance, groups, timed[entry.name, balance], settings, memory)
             print(f"{entry.name}, equal {balance}: ready", flush=True)
         write()
@@ -223,6 +232,8 @@ def _memory(entries: Sequence[Entry], settings: Settings) -> dict[tuple[str, str
     found = {}
     for balance in settings.balances if settings.memory == "process" else ():
         for entry in entries:
+            if entry.kind in contenders.OTHERS:  # Their process would hold what their network was made from.
+                continue
             fields = {"name": entry.name, "kind": entry.kind, "path": entry.path}
             groups = groups_of(entries, balance, settings)[entry.name]
             print(f"{entry.name}, equal {balance}: memory, in a process of its own", flush=True)

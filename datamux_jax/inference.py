@@ -113,19 +113,14 @@ class Inference(abc.ABC):
             n = len(arrays["inputs"])
             return Window(arrays, np.full(n, fmt.length), np.zeros(n, bool), None)
         clipped, shortened = self._clip(inputs)
-        arrays = fmt.encode(clipped)
+        arrays, cut = fmt.encode_cut(clipped)
         sizes = arrays["mask"].sum(-1)
         room = fmt.length - self.cut
         if fmt.inputs == "words":
             words = np.array([len(words) for words in inputs])
             last = arrays["word"][:, :room].max(-1, initial=-1)
             return Window(arrays, self._needed(sizes), (last < words - 1) & (sizes >= room), words)
-        truncated = np.array(shortened, bool) | (sizes > room)
-        # A full row may have held all of its text: with one position more, what was cut would show.
-        full = np.flatnonzero((sizes == fmt.length) & ~truncated)
-        longer = dataclasses.replace(fmt, length=fmt.length + 1).encode([clipped[i] for i in full])
-        truncated[full] = longer["mask"].sum(-1) > fmt.length
-        return Window(arrays, self._needed(sizes), truncated, None)
+        return Window(arrays, self._needed(sizes), cut | np.array(shortened, bool) | (sizes > room), None)
 
     def _needed(self, sizes: np.ndarray) -> np.ndarray:
         return np.minimum(sizes + self.cut, self.format.length)

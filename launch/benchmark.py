@@ -5,8 +5,8 @@
     python -m launch.benchmark --config=configs/benchmark.py:bert_base,n=1+5 --step=train --output=runs/speed-train
     python -m launch.benchmark --workdir=runs/text --results=runs/text/report.json --output=runs/speed-text
 
-Any config will do, with random weights and no data, or a trained run or experiment. Writes benchmark.md, benchmark.json (every
-window, as it comes) and benchmark.png. docs/benchmark.md says how it is measured.
+Any config will do, with random weights (running text is not read; other data say their labels), or a trained run or experiment.
+Writes benchmark.md, benchmark.json (every window, as it comes) and benchmark.png. docs/benchmark.md says how it is measured.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ CONTENDERS = flags.DEFINE_list(
 BALANCE = flags.DEFINE_list("balance", ["groups", "instances"], "Equal groups, equal instances a batch, or both.")
 SCOPE = flags.DEFINE_list("scope", ["device"], "device, end_to_end (from raw inputs to fetched results), or both.")
 INSTANCES = flags.DEFINE_integer("instances", 0, "Of a batch at equal instances; default: the smallest that every N divides.")
-BATCHES = flags.DEFINE_integer("batches", 2, "Batches a call, end to end.")
+BATCHES = flags.DEFINE_integer("batches", 0, "Batches a call, end to end; default: 2.")
 WINDOWS = flags.DEFINE_integer("windows", 0, "Timed windows a row; default: the config's benchmark.windows.", lower_bound=0)
 SECONDS = flags.DEFINE_float("seconds", 0.0, "Length of a window; default: the config's benchmark.seconds.", lower_bound=0)
-MEMORY = flags.DEFINE_string("memory", "program", "program: by the compiler; process: peak of a process for each row.")
-BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Time the stages of the networks too: embed, mix, backbone, demux and head.")
+MEMORY = flags.DEFINE_string("memory", "program", "program: by the compiler; process: peak of a process for each row of ours.")
+BREAKDOWN = flags.DEFINE_bool(
+    "breakdown", False, "Time the stages too: embedding with mixing, backbone, demultiplexing with the head."
+)
 PROFILE = flags.DEFINE_string("profile", "", "Folder for a jax.profiler trace, written after the measurement.")
 RESULTS = flags.DEFINE_list("results", [], "metrics.json of runs, or report.json of an experiment: accuracy against N.")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 
 import jax
 import numpy as np
@@ -53,7 +54,7 @@ def no_networks(monkeypatch):
     monkeypatch.setattr(benchmark_run, "built", lambda one, settings: (Fake(one), None))
 
 
-def test_equal_groups_and_equal_instances():
+def test_equal_groups_and_equal_instances(monkeypatch):
     entries = benchmark_run.own_entries(configured("n=1+2+5+40"), "predict")
     groups = benchmark_run.groups_of(entries, "groups", SETTINGS)
     assert groups == {"n1": 8, "n2": 8, "n5": 8, "n40": 8}
@@ -61,8 +62,13 @@ def test_equal_groups_and_equal_instances():
     assert equal == {"n1": 40, "n2": 20, "n5": 8, "n40": 1}
     asked = benchmark_run.groups_of(entries, "instances", dataclasses.replace(SETTINGS, instances=80))
     assert asked == {"n1": 80, "n2": 40, "n5": 16, "n40": 2}
-    with pytest.raises(InputError, match=r"--instances=60 is not a multiple .*\(1, 2, 5, 40\). Give a multiple of 40"):
+    with pytest.raises(InputError, match=r"--instances=60 is not a multiple .*\(1, 2, 5, 40\) on 1 .* Give a multiple of 40"):
         benchmark_run.groups_of(entries, "instances", dataclasses.replace(SETTINGS, instances=60))
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    shared = benchmark_run.groups_of(entries[:2], "instances", SETTINGS)
+    assert shared == {"n1": 8, "n2": 4}
+    with pytest.raises(InputError, match=r"--instances=12 is not .*\(1, 2\) on 4 device\(s\). Give a multiple of 8"):
+        benchmark_run.groups_of(entries[:2], "instances", dataclasses.replace(SETTINGS, instances=12))
     entries[0].config.eval.batch_groups = 9
     with pytest.raises(InputError, match=r"different eval.batch_groups: n1 9, n2 8"):
         benchmark_run.groups_of(entries, "groups", SETTINGS)
@@ -91,6 +97,20 @@ def test_the_files_have_every_window_and_where_it_was_measured(no_networks, tmp_
     assert "| n2  | 2 | 90.0 ± 1.0" in text
     with pytest.raises(InputError, match="holds a measurement, which is not overwritten"):
         benchmark_run.run([entry(1)], SETTINGS, tmp_path / "out", ABOUT)
+
+
+def test_ratios_are_per_n_also_where_the_reference_mixes(no_networks, tmp_path):
+    contents = benchmark_run.run([entry(2), entry(4)], SETTINGS, tmp_path, ABOUT)
+    lines = (tmp_path / "benchmark.md").read_text().splitlines()
+    (first, second) = (next(line for line in lines if line.startswith(f"| n{n}")).split("|") for n in (2, 4))
+    ratio = next(row["ratio"] for row in contents["rows"] if row["name"] == "n4")
+    assert [cell.strip() for cell in first[8:10]] == ["1.00x", "1.00"]
+    assert float(second[9]) == pytest.approx(ratio / 2, abs=0.006)
+
+
+def test_a_process_that_is_killed_is_an_error_of_the_user():
+    with pytest.raises(InputError, match="was killed, which happens where memory runs out"):
+        benchmark_memory.in_own_process(os._exit, 1)
 
 
 def test_what_was_measured_before_a_kill_stays(no_networks, tmp_path, monkeypatch):
@@ -201,6 +221,8 @@ def test_contenders_that_cannot_be_are_refused(monkeypatch, name, changes, step,
         ({"balances": ("rows",)}, "'rows' does not exist"),
         ({"scopes": ()}, "The value --scope = '' does not exist"),
         ({"windows": 0}, "--windows=0"),
+        ({"balances": ("groups",), "instances": 40}, "--instances=40 is for --balance=instances, which is not measured"),
+        ({"scopes": ("device",), "batches": 3}, "--batches=3 is for --scope=end_to_end, which is not measured"),
         ({"step": "train", "breakdown": True}, "Leave out --breakdown"),
     ],
 )

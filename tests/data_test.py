@@ -46,7 +46,7 @@ def test_splits_depend_on_the_key_alone():
 
 def test_bytes_go_there_and_back():
     tokenizer = ByteTokenizer()
-    ids, mask = tokenizer.encode(["naïve", "", "ﷺ" * 20], 8)
+    ids, mask, _ = tokenizer.encode(["naïve", "", "ﷺ" * 20], 8)
     assert ids.shape == mask.shape == (3, 8)
     assert tokenizer.decode(ids[0]) == "naïve"
     assert mask.sum(-1).tolist() == [7, 1, 8]

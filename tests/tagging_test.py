@@ -175,16 +175,16 @@ def vocab(tmp_path):
 
 
 def test_pairs_of_bytes_and_of_pieces(vocab):
-    ids, mask = encode_pairs(ByteTokenizer(), [("ab", "c"), ("", "")], 6)
+    ids, mask, _ = encode_pairs(ByteTokenizer(), [("ab", "c"), ("", "")], 6)
     assert ids.tolist() == [[1, 101, 102, 2, 103, 0], [1, 2, 0, 0, 0, 0]]
     assert mask.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
-    ids, mask = encode_pairs(vocab, [("ax.", "b c")], 9)
+    ids, mask, _ = encode_pairs(vocab, [("ax.", "b c")], 9)
     assert ids.tolist() == [[2, 5, 9, 11, 3, 6, 7, 3, 0]]
     assert mask.sum() == 8
 
 
 def lengths(a, b, length, tokenizer):
-    ids, _ = encode_pairs(tokenizer, [(" ".join("a" * a), " ".join("b" * b))], length)
+    ids, _, _ = encode_pairs(tokenizer, [(" ".join("a" * a), " ".join("b" * b))], length)
     return (ids == 5).sum(), (ids == 6).sum()
 
 

@@ -61,7 +61,7 @@ def trained(kind, lowercase=True):
 def test_wordpiece_of_a_bert_vocabulary(tmp_path, line, pieces):
     tokenizer = tokenizers.load(vocab_txt(tmp_path))
     assert tokenizer.vocab_size == 15
-    ids, mask = tokenizer.encode([line], 8)
+    ids, mask, _ = tokenizer.encode([line], 8)
     assert ids.dtype == mask.dtype == np.int32
     assert ids.tolist() == [[2, *pieces, 3] + [0] * (6 - len(pieces))]
     assert mask.tolist() == [[1] * (len(pieces) + 2) + [0] * (6 - len(pieces))]
@@ -71,7 +71,7 @@ def test_wordpiece_of_a_bert_vocabulary(tmp_path, line, pieces):
 
 def test_a_text_is_cut_before_its_separator(tmp_path):
     tokenizer = tokenizers.load(vocab_txt(tmp_path))
-    ids, mask = tokenizer.encode(["hello, world!", "world"], 4)
+    ids, mask, _ = tokenizer.encode(["hello, world!", "world"], 4)
     assert ids.tolist() == [[2, 5, 6, 3], [2, 7, 3, 0]]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     with pytest.raises(InputError, match=r"data.length = 2.*at least 3"):
@@ -90,7 +90,7 @@ def test_upper_case_stays_where_the_vocabulary_has_it(tmp_path):
 
 def test_decoding_leaves_special_tokens_out(tmp_path):
     tokenizer = tokenizers.load(vocab_txt(tmp_path))
-    ids, _ = tokenizer.encode(["Unaffable [MASK] world!"], 10)
+    ids, _, _ = tokenizer.encode(["Unaffable [MASK] world!"], 10)
     assert tokenizer.decode([*ids[0], 15, 99, -1]) == "unaffable world!"
     bpe = trained("bpe", lowercase=False)
     assert bpe.decode(bpe.encode(["naïve  ﷺ, End."], 30)[0][0]) == "naïve  ﷺ, End."

@@ -15,7 +15,9 @@ from datamux_jax.data.tokenizers import Tokenizer
 from datamux_jax.errors import InputError
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows `[CLS] a [SEP] b [SEP]`, with two [SEP] in the middle for RoBERTa's vocabularies, and none at the end for bytes.
 
     The end of the longer text is cut off until both fit, or until they are equally long; then both are cut, and the second one keeps
@@ -27,7 +29,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], length:
       length: `L`.
 
     Returns:
-      Token ids and mask, both `[n, L]` int32.
+      Token ids and mask, both `[n, L]` int32, and whether anything was cut off, `[n]` bool.
 
     Raises:
       InputError: `length` has no room for a token of each text.
@@ -39,12 +41,13 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], length:
             f"data.length = {length}, but a pair of texts needs at least {length - room + 2} positions: special tokens and a token of "
             "each text. Raise it."
         )
-    rows = []
+    rows, cut = [], []
     seconds = tokenizer.pieces([second for _, second in pairs])
     for first, second in zip(tokenizer.pieces([first for first, _ in pairs]), seconds, strict=True):
         a, b = _shares(len(first), len(second), room)
         rows.append([*frame.start, *first[:a], *frame.between, *second[:b], *frame.end])
-    return padded(rows, length, frame.pad)
+        cut.append(len(first) + len(second) > room)
+    return *padded(rows, length, frame.pad), np.array(cut, bool)
 
 
 def _shares(first: int, second: int, room: int) -> tuple[int, int]:

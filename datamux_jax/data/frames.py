@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,3 +38,15 @@ def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.nda
         row[: len(tokens)] = tokens
     sizes = np.array([len(tokens) for tokens in rows], np.int32)
     return ids, (np.arange(length) < sizes[:, None]).astype(np.int32)
+
+
+def framed(
+    texts: Iterable[Sequence[int] | np.ndarray], start: tuple[int, ...], end: tuple[int, ...], length: int, pad: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows `start text end` of the ids of texts, cut to fit: ids and mask `[n, length]` int32, and which were cut, `[n]` bool."""
+    room = length - len(start) - len(end)
+    rows, cut = [], []
+    for ids in texts:
+        rows.append([*start, *ids[:room], *end])
+        cut.append(len(ids) > room)
+    return *padded(rows, length, pad), np.array(cut, bool)

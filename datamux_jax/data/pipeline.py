@@ -121,11 +121,15 @@ class Format:
         return not self.label_names and not self.corpus
 
     def encode(self, inputs: Any) -> Arrays:
+        """Arrays of texts, pairs of texts, words, or features `[n, L, F]`, as `self.inputs` says; see `encode_cut`."""
+        return self.encode_cut(inputs)[0]
+
+    def encode_cut(self, inputs: Any) -> tuple[Arrays, np.ndarray]:
         """Arrays of texts, pairs of texts, words, or features `[n, L, F]`, as `self.inputs` says.
 
         Returns:
           `inputs` and `mask` `[n, L]` (features: `inputs` `[n, L, F]`); of words besides `word` `[n, L]`, the number of the word whose
-          first token stands there, elsewhere -1.
+          first token stands there, elsewhere -1. And whether a text or a pair was longer and its end was cut off, `[n]` bool.
 
         Raises:
           InputError: the inputs are not what this format reads.
@@ -158,9 +162,9 @@ class Format:
                 f"This model reads images with pixels from 0 (background) to 1, but got values from {features.min():g} to "
                 f"{features.max():g}. Divide bytes by 255."
             )
-        return {"inputs": features, "mask": np.ones(features.shape[:2], np.int32)}
+        return {"inputs": features, "mask": np.ones(features.shape[:2], np.int32)}, np.zeros(len(features), bool)
 
-    def _encode_texts(self, tokenizer: Tokenizer, inputs: Any) -> Arrays:
+    def _encode_texts(self, tokenizer: Tokenizer, inputs: Any) -> tuple[Arrays, np.ndarray]:
         what, example, fits = TEXT_INPUTS[self.inputs]
         if isinstance(inputs, str) or not isinstance(inputs, Sequence):
             raise InputError(f"This model reads a list of {what}, but got {_short(inputs)}. Pass a list: [{example}, ...].")
@@ -170,13 +174,13 @@ class Format:
                     f"This model reads a list of {what}, but an entry is {_short(entry)}. Pass {what} only: [{example}, ...]."
                 )
         if self.inputs == "pair":
-            ids, mask = encode_pairs(tokenizer, inputs, self.length)
+            ids, mask, cut = encode_pairs(tokenizer, inputs, self.length)
         elif self.inputs == "words":
             ids, mask, word = encode_words(tokenizer, inputs, self.length)
-            return {"inputs": ids, "mask": mask, "word": word}
+            return {"inputs": ids, "mask": mask, "word": word}, np.zeros(len(ids), bool)
         else:
-            ids, mask = tokenizer.encode(list(inputs), self.length)
-        return {"inputs": ids, "mask": mask}
+            ids, mask, cut = tokenizer.encode(list(inputs), self.length)
+        return {"inputs": ids, "mask": mask}, cut
 
 
 def load(config: Any, run: Path | None = None) -> tuple[Format, dict[str, Arrays]]:

@@ -20,7 +20,7 @@ import tokenizers
 
 from datamux_jax import packaged, workdir
 from datamux_jax.data import cache, subword_models
-from datamux_jax.data.frames import Frame, padded, tokens_behind
+from datamux_jax.data.frames import Frame, framed, tokens_behind
 from datamux_jax.errors import InputError
 from datamux_jax.families import FAMILIES, SpecialTokens, published_tokens
 from datamux_jax.progress import Progress
@@ -62,8 +62,11 @@ class Tokenizer(Protocol):
           family: key of `FAMILIES`; its published vocabulary has room for these tokens by itself.
         """
 
-    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens, special ones included."""
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids and mask, both `[n, length]` int32, and whether the end was cut off, `[n]` bool.
+
+        The mask is 1 at real tokens, special ones included.
+        """
 
     @property
     def frame(self) -> Frame:
@@ -110,9 +113,12 @@ class ByteTokenizer:
         """As `Tokenizer.special_tokens`; no family publishes a vocabulary of bytes."""
         return tokens_behind(self.vocab_size, num_instances, self.pad_id, self.cls_id, self.sep_id, self.mask_id)
 
-    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens, `[CLS]` included. There is no `[SEP]`."""
-        return padded([[self.cls_id, *self._ids(text)[: length - 1]] for text in texts], length, self.pad_id)
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids and mask, both `[n, length]` int32, and whether the end was cut off, `[n]` bool.
+
+        The mask is 1 at real tokens, `[CLS]` included. There is no `[SEP]`.
+        """
+        return framed((self._ids(text) for text in texts), (self.cls_id,), (), length, self.pad_id)
 
     @property
     def frame(self) -> Frame:
@@ -204,8 +210,10 @@ class SubwordTokenizer:
             return published, size
         return tokens_behind(self.vocab_size, num_instances, *self._special_ids)
 
-    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask, both `[n, length]` int32; the mask is 1 at real tokens. A text is cut so that its `[SEP]` stays.
+    def encode(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids and mask, both `[n, length]` int32, and whether the end was cut off, `[n]` bool.
+
+        The mask is 1 at real tokens. A text is cut so that its `[SEP]` stays.
 
         Raises:
           InputError: `length` has no room for a piece between [CLS] and [SEP].
@@ -215,7 +223,7 @@ class SubwordTokenizer:
                 f"data.length = {length}, but a text needs at least 3 positions: [CLS], one token and [SEP]. Raise it."
             )
         pad, cls, sep, _ = self._special_ids
-        return padded([[cls, *ids[: length - 2], sep] for ids in self.pieces(texts)], length, pad)
+        return framed(self.pieces(texts), (cls,), (sep,), length, pad)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         _, cls, sep, _ = self._special_ids
