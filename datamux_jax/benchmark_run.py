@@ -110,12 +110,12 @@ def check_settings(entries: Sequence[Entry], settings: Settings, output: Path) -
             f"--instances={settings.instances}: windows are at least 1, seconds are more than 0, and batches and instances are 0 or "
             "more."
         )
-    for flag, value, reader, readers in (
+    for flag, number, reader, measured in (
         ("instances", settings.instances, "balance=instances", settings.balances),
         ("batches", settings.batches, "scope=end_to_end", settings.scopes),
     ):
-        if value and reader.partition("=")[2] not in readers:
-            raise InputError(f"--{flag}={value} is for --{reader}, which is not measured. Leave it out, or measure that too.")
+        if number and reader.partition("=")[2] not in measured:
+            raise InputError(f"--{flag}={number} is for --{reader}, which is not measured. Leave it out, or measure that too.")
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"--contenders names {', '.join(twice)} twice. Name each once.")
