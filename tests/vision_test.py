@@ -360,13 +360,13 @@ def test_a_look_inside_leaves_out_what_images_lack(finished, tmp_path):
 @pytest.mark.parametrize(
     "arg",
     [
-        "lenet,n=2,rate=1",
-        "lenet,n=2,mux=gaussian_hadamard,demux=rsa,loss=cross_entropy,optimizer=adamw,rate=0.002",
-        "mlp,n=2,rate=1",
+        "lenet,n=2,rate=1,epochs=30",
+        "lenet,n=2,mux=gaussian_hadamard,demux=rsa,loss=cross_entropy,optimizer=adamw,rate=0.002,epochs=30",
+        "mlp,n=2,rate=0.3,epochs=60",
     ],
 )
 def test_networks_learn_two_digits_at_once(arg, tmp_path):
-    config = vision.get_config(f"{arg},epochs=30")
+    config = vision.get_config(arg)
     config.benchmark.update({"windows": 1, "seconds": 0.01})
     scores = experiment.run(config, tmp_path / "run")["scores"]
     assert scores["n2"]["accuracy"] > 0.9
