@@ -24,7 +24,7 @@ from datamux_jax.data.tokenizers import tokens_behind
 from datamux_jax.errors import InputError, choose
 from datamux_jax.plan import Plan, assemble
 from datamux_jax.program import Collective, Program
-from datamux_jax.topology import HOST_CHIPS, HOST_SPEED, Chip, NoCompiler, Topology, devices_of
+from datamux_jax.topology import HOST_CHIPS, HOST_SPEED, NoCompiler, Topology, devices_of
 
 BY_CYCLES = "the compiler's cycles"
 BY_ROOFLINE = "roofline of operations and bytes"
@@ -246,7 +246,7 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
         **_about(plan, topology, step),
         memory=memory,
         flops=program.flops(),
-        times=_times(program, compiled.cost_analysis() or {}, found, topology.chip) if topology else None,
+        times=_times(program, compiled.cost_analysis() or {}, found, topology) if topology else None,
         collectives=found,
     )
 
@@ -291,11 +291,12 @@ def _refused(error: Exception, topology: Topology | None) -> InputError:
     )
 
 
-def _times(program: Program, cost: dict[str, float], communication: list[Collective], chip: Chip) -> Times | None:
+def _times(program: Program, cost: dict[str, float], communication: list[Collective], topology: Topology) -> Times | None:
     """The best available guess of the time: cycles; a roofline, where the program has none."""
+    chip = topology.chip
     between = HOST_SPEED / HOST_CHIPS
     waits = {
-        overlapped: sum(one.seconds(chip.link_speed, between) for one in communication if one.overlapped == overlapped)
+        overlapped: sum(one.seconds(topology.link_speed, between) for one in communication if one.overlapped == overlapped)
         for overlapped in (True, False)
     }
     optimal = None

@@ -91,6 +91,19 @@ class Topology:
         return math.prod(self.shape) * self.slices
 
     @property
+    def link_speed(self) -> float:
+        """Bytes/s that leave a chip along one axis of a slice: in both directions where axes close to rings, else in one.
+
+        Rings need whole axes of the pod where machines have two axes, and whole cubes of 4x4x4 where they have three ("How to Scale
+        Your Model", "TPU networking").
+        """
+        if self.chip.axes == 2:
+            rings = all(size == whole for size, whole in zip(self.shape, self.chip.pod, strict=True))
+        else:
+            rings = all(size % 4 == 0 for size in self.shape)
+        return self.chip.link_speed / (1 if rings else 2)
+
+    @property
     def name(self) -> str:
         """`v5e:16x16`."""
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"

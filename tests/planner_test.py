@@ -111,6 +111,13 @@ def test_impossible_machines_are_refused_before_the_compiler_sees_them(name, mes
         topology.parse(name)
 
 
+def test_links_of_slices_that_are_no_rings_count_once():
+    full = {name: topology.parse(name).link_speed for name in ("v5e:16x16", "v6e:16x16", "v4:4x4x8", "v5p:4x4x4")}
+    assert list(full.values()) == [topology.CHIPS[name[: name.index(":")]].link_speed for name in full]
+    for name in ("v5e:8x16", "v5e:2x2", "v5p:2x2x4", "v4:2x2x2"):
+        assert topology.parse(name).link_speed == topology.CHIPS[name[: name.index(":")]].link_speed / 2
+
+
 def test_machines_know_their_devices_and_clocks():
     assert topology.parse("v5e:16x16", slices=2).devices == 512
     assert topology.parse("v4:4x4x8").devices == 128
