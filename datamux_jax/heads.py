@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from datamux_jax.families import HeadForm
@@ -54,6 +55,29 @@ class ReplacedTokenHead(nn.Module):
         return self.out(gelu(self.hidden(x)))[..., 0].astype("float32")
 
 
+@jax.custom_vjp
+def with_bias(logits: Array, bias_V: Array) -> Array:
+    """`logits + bias`, float32 `[..., V]`, whose gradient of the bias is a matrix product.
+
+    XLA's CPU backend sums the rows of so wide an array in three times that time (1,024 x 30,522: 110 and 39 ms on 2 cores), which is a
+    fifth of the head's whole time.
+    """
+    return logits + bias_V
+
+
+def _with_bias_forward(logits: Array, bias_V: Array) -> tuple[Array, None]:
+    return with_bias(logits, bias_V), None
+
+
+def _with_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
+    axes = tuple(range(gradient.ndim - 1))
+    ones = jnp.ones(gradient.shape[:-1], gradient.dtype)
+    return gradient, jax.lax.dot_general(ones, gradient, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)
+
+
+with_bias.defvjp(_with_bias_forward, _with_bias_backward)
+
+
 class VocabularyHead(nn.Module):
     """Logits over the vocabulary, for retrieval and MLM: `[..., D] -> [..., V]`.
 
@@ -85,4 +109,4 @@ class VocabularyHead(nn.Module):
         if self.transform:
             x = self.norm(gelu(self.hidden(x)))
         logits = embeddings.attend(x) if self.tied else x @ self.kernel.astype(x.dtype)
-        return constrain(logits.astype(jnp.float32) + self.bias, "tensor")
+        return constrain(with_bias(logits.astype(jnp.float32), self.bias), "tensor")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from datamux_jax import heads
 from datamux_jax.backbones.encoder import REMAT, Encoder
 from datamux_jax.layers import Attention, Block, Embeddings, Spec, masked_mean
 
@@ -116,3 +117,15 @@ def test_scanning_and_rematerialising_change_no_number(x, scan, remat):
     jaxpr = str(jax.make_jaxpr(lambda p: other.apply(p, x))(params))
     assert ("scan[" in jaxpr) == scan
     assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (remat != "none")
+
+
+def test_the_bias_of_a_vocabulary_has_the_gradient_of_a_sum():
+    x, bias = jax.random.normal(jax.random.key(0), (3, 4, 5)), jnp.arange(5.0)
+
+    def loss(add, x, bias):
+        return jnp.sin(add(x, bias)).sum()
+
+    for found, expected in zip(
+        jax.grad(loss, (1, 2))(heads.with_bias, x, bias), jax.grad(loss, (1, 2))(jnp.add, x, bias), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
