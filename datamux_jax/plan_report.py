@@ -46,6 +46,10 @@ def details(row: Row, found: Estimate, topology: Topology, largest: int = 12) ->
     lines.append(f"  {'matrix products':<30} {found.flops / TERA:8.3f} TFLOP a chip")
     if found.times:
         lines += _times(found, topology)
+    if found.uncounted_loops:
+        lines.append(
+            f"  {found.uncounted_loops} loop(s) of unknown length count as one pass: operations, time and communication are too low"
+        )
     if found.compiled:
         lines.append(f"Collectives of a step ({sum(one.count for one in found.collectives)}), largest first:")
     for one in found.collectives[:largest]:

@@ -69,6 +69,7 @@ class Estimate:
       parameters: of the network, all devices together, each once.
       compiled: False for what is known without a compiler: `memory` is that of parameters, optimizer and batch alone, and `flops`
         those of the model.
+      uncounted_loops: loops of which one pass is counted, for the program does not say how many there are.
     """
 
     devices: int
@@ -81,6 +82,7 @@ class Estimate:
     positions: int = 0
     parameters: int = 0
     compiled: bool = True
+    uncounted_loops: int = 0
 
     @property
     def left(self) -> int:
@@ -248,6 +250,7 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
         flops=program.flops(),
         times=_times(program, compiled.cost_analysis() or {}, found, topology) if topology else None,
         collectives=found,
+        uncounted_loops=program.uncounted(),
     )
 
 

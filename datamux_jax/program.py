@@ -17,6 +17,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
 WORK = ("fusion", "sort", "gather", "scatter", "reduce-window", "dynamic-slice", "dynamic-update-slice", "convolution")
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
 
 
@@ -95,8 +96,8 @@ class Program:
         def walk(name: str, count: int, found: Counter[str]) -> None:
             found[name] += count
             for line in self.computations[name]:
-                if loop := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
-                    walk(loop[2], count * self.trips(loop[1]), found)
+                if loop := WHILE.search(line):
+                    walk(loop[2], count * (self.trips(loop[1]) or 1), found)
                 elif branches := re.search(r"branch_computations=\{([^}]*)\}", line):
                     for branch in branches[1].split(","):
                         walk(branch.strip().lstrip("%"), count, found)
@@ -108,14 +109,19 @@ class Program:
         walk(self.entry, 1, steps)
         return steps, parts
 
-    def trips(self, condition: str) -> int:
-        """How often a loop with this condition runs, where it counts up to a constant, as all of `jax.lax.scan` do; else 1."""
+    def trips(self, condition: str) -> int | None:
+        """How often a loop with this condition runs, where it counts up to a constant, as all of `jax.lax.scan` do; else None."""
         lines = "\n".join(self.computations[condition])
         compared = re.search(r" compare\(([^)]*)\), direction=LT", lines)
         for operand in compared[1].split(",") if compared else ():
             if bound := re.search(rf"{re.escape(operand.strip())} = s32\[\]\S* constant\((\d+)\)", lines):
                 return int(bound[1])
-        return 1
+        return None
+
+    def uncounted(self) -> int:
+        """Loops of which the program does not say how often they run: everything here counts one pass."""
+        loops = WHILE.findall("\n".join(map(self.text, self.computations)))
+        return sum(self.trips(condition) is None for condition, _ in loops)
 
     def cycles(self) -> int:
         """The sum of what the compiler reckons for its instructions (`estimated_cycles`). Communication has no such number."""

@@ -70,6 +70,9 @@ def test_loops_multiply_cycles_products_and_unpriced_results():
     assert program.flops() == 13 * 2 * (2 * 3 * 4) * 8  # The fusion in the loop, and the last one.
     assert program.unpriced_bytes() == 12 * 32 + 64  # The sort, and a fusion without cycles; not what waits for others.
     assert program.unknown() == 1  # Calls within fusions do not count.
+    assert program.uncounted() == 0
+    endless = Program.read(PROGRAM.replace("direction=LT", "direction=NE"))
+    assert (endless.uncounted(), endless.cycles()) == (1, 100 + 7)
 
 
 def test_convolutions_skip_padding_and_dilation():
