@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.seed = 0  # Of initialisation, data order, dropout and everything else that is drawn.
     # "classification", "regression" or "tagging"; "retrieval", the token-retrieval warm-up; "mlm" or "electra", pre-training.
     c.objective = "classification"
-    # "classification": "cross_entropy"; or "squared", DataMUX's loss for images: targets +-1, tanh on the outputs of "lenet" and "mlp".
+    # "classification": "cross_entropy"; or "squared", DataMUX's loss for images: targets +-1 for tanh of the logits.
     c.task_loss = "cross_entropy"
     c.num_instances = 1  # N, instances mixed into one row.
     c.batch_groups = 64  # B, mixed rows a step, all devices together; B * N examples a step.

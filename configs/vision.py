@@ -4,19 +4,20 @@
 
 Defaults are the published protocol: 20x20 pixels, 15 epochs, SGD with rate 0.1, 32 groups a step, squared error to targets of +-1; for
 the Transformer cross-entropy and AdamW. An epoch has as many groups as there are training images, for all N, as in the published
-notebook: every image is seen N times. N = 1 is the plain network, nothing mixed or unmixed. Arguments:
+notebook: every image is seen N times. Two things differ: N = 1 is the plain network, nothing mixed or unmixed (plain=false: as
+published), and on digits, which are few, rate and epochs are larger. Arguments:
 
     lenet              the network, first and without a name: lenet, mlp or transformer
     data=              digits, of scikit-learn, enlarged; mnist, of TensorFlow Datasets; or a folder with MNIST's four idx files
     n=1+2+4+8          numbers of instances
     mux=               transformation: for lenet and mlp of datamux_jax/image_mixing.py or mixing.py, for transformer of mux.py
     demux=             mlp, layers of each instance's own, or rsa, a key for each
-    plain=false        N = 1 is mixed and unmixed too: the same network for all N, as published
+    plain=false        N = 1 is mixed and unmixed too: the same network for all N
     loss=              squared or cross_entropy
     optimizer=         sgd or adamw
-    rate=              learning rate
+    rate=              learning rate; 0: the published 0.1, the Transformer's 0.001, on digits 1 for lenet and 0.3 for mlp
     schedule=          constant, linear or cosine
-    epochs=
+    epochs=            0: 15; on digits 30, for mlp 60
     groups=            mixed images a step
     width=, depth=     of mlp and transformer alone: units of a layer, and layers
     size=              pixels of a side; 0: as they are
@@ -35,14 +36,15 @@ PUBLISHED = {
     "demux": "mlp",
     "loss": "squared",
     "optimizer": "sgd",
-    "rate": 0.1,
     "schedule": "constant",
 }
-NETWORKS = {
+RATE, EPOCHS = {"transformer": 1e-3}, 15
+ON_DIGITS = {"lenet": (1.0, 30), "mlp": (0.3, 60), "transformer": (1e-3, 30)}  # Rate and epochs.
+NETWORKS: dict[str, dict] = {
     "lenet": PUBLISHED,
     "mlp": PUBLISHED | {"mux": "orthogonal", "width": 400, "depth": 2},
     "transformer": {"mux": "gaussian_hadamard", "demux": "rsa", "loss": "cross_entropy", "optimizer": "adamw"}
-    | {"rate": 1e-3, "schedule": "cosine", "width": 128, "depth": 3},
+    | {"schedule": "cosine", "width": 128, "depth": 3},
 }
 MNIST_EXAMPLES = 60_000
 
@@ -50,8 +52,10 @@ MNIST_EXAMPLES = 60_000
 def get_config(arg=None):
     name, _, rest = (arg or "").partition(",")
     choose(NETWORKS, name, "Name the network first, as in configs/vision.py:lenet,n=8. The network")
-    shared = {"data": "digits", "n": (1, 2, 4, 8), "plain": True, "epochs": 15, "groups": 32, "size": 20}
-    arg = common.parse_arg(rest, **shared, **NETWORKS[name], validation=0, examples=0, seed=0)
+    shared = {"data": "digits", "n": (1, 2, 4, 8), "plain": True, "epochs": 0, "groups": 32, "size": 20}
+    arg = common.parse_arg(rest, **shared, **NETWORKS[name], rate=0.0, validation=0, examples=0, seed=0)
+    rate, epochs = ON_DIGITS[name] if arg.data == "digits" else (RATE.get(name, 0.1), EPOCHS)
+    arg.rate, arg.epochs = arg.rate or rate, arg.epochs or epochs
     c = common.get_config()
     c.title = f"{name}, {'MNIST' if arg.data != 'digits' else 'digits'}: N images at once"
     c.seed = arg.seed
@@ -64,18 +68,24 @@ def get_config(arg=None):
     c.eval.batch_groups = 128
     c.model.backbone = "encoder" if name == "transformer" else name
     if name != "lenet":
-        c.model.hidden_size, c.model.num_layers, c.model.mlp_dim = arg.width, arg.depth, 4 * arg.width
+        c.model.hidden_size, c.model.num_layers = arg.width, arg.depth
+    if name == "transformer":
+        c.model.mlp_dim = 4 * arg.width
     c.optimizer.update_rule, c.optimizer.learning_rate, c.optimizer.schedule = arg.optimizer, arg.rate, arg.schedule
     if arg.optimizer == "sgd":  # As published: nothing but the rate.
         c.optimizer.weight_decay = c.optimizer.grad_clip = 0.0
     examples = arg.examples or (len(digits().split("train")) if arg.data == "digits" else MNIST_EXAMPLES)
-    small = min(arg.groups, arg.epochs, *arg.n) < 1 or arg.validation < 0
-    steps = 0 if small else arg.epochs * ((examples - arg.validation) // arg.groups)
-    if steps < 1:
+    for key, value, least in (("groups", arg.groups, 1), ("epochs", arg.epochs, 1), ("validation", arg.validation, 0)):
+        if value < least:
+            raise InputError(f"{key}={value} is too few. Give {least} or more.")
+    if min(arg.n) < 1:
+        raise InputError(f"n={'+'.join(map(str, arg.n))}: a group has at least one image. Give numbers above 0.")
+    if examples - arg.validation < arg.groups:
         raise InputError(
-            f"epochs={arg.epochs} of {examples - arg.validation} images with groups={arg.groups} and n={'+'.join(map(str, arg.n))} "
-            "leave a run without a step. Raise epochs, or lower the others."
+            f"groups={arg.groups} is more than the {examples - arg.validation} training images (examples={examples} without "
+            f"validation={arg.validation}), and leaves an epoch without a step. Lower groups or validation."
         )
+    steps = arg.epochs * ((examples - arg.validation) // arg.groups)
     common.set_runs(c, {f"n{n}": _run(n, steps, arg) for n in arg.n})
     return c
 

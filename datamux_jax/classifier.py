@@ -106,7 +106,8 @@ def check(config: Any) -> None:
     """Checks the keys of a config whose `model.backbone` is one of `VISION`; the rest is checked with all others.
 
     Raises:
-      InputError: a name that images do not have, or a key that would change nothing.
+      InputError: a name that images do not have, or a key for Transformers or another multiplexer. Sizes are not looked at: their
+        defaults are the Transformer's.
     """
     if config.objective != "classification" or config.retrieval_loss_coeff:
         raise InputError(
@@ -120,6 +121,7 @@ def check(config: Any) -> None:
         ("remat", config.remat, "none"),
         ("scan_layers", config.scan_layers, False),
         ("model.dropout_rate", config.model.dropout_rate, 0),
+        ("model.attention_dropout_rate", config.model.attention_dropout_rate, 0),
         ("model.pool", config.model.pool, "mean"),
         ("mux.attend_padding", config.mux.attend_padding, False),
     ):
@@ -128,11 +130,16 @@ def check(config: Any) -> None:
                 f"{key} = {value!r} is for Transformers, and model.backbone = {config.model.backbone!r} does not read it. Leave it "
                 f"{unset!r}."
             )
+    if config.mux.learned and config.mux.name in ("rotation", "remap"):
+        raise InputError(
+            f"mux.learned = True asks mux.name = {config.mux.name!r} to learn, which has no parameters. Leave it False, or choose "
+            "another multiplexer."
+        )
     for key, value, unset, reader in (
         ("mux.norm", config.mux.norm, 0, "gaussian_hadamard"),
         ("mux.epsilon", config.mux.epsilon, 0, "binary_hadamard"),
     ):
-        if value != unset and config.mux.name != reader:
+        if value != unset and config.mux.name not in (reader, "none"):  # Flags hold for the plain network of an experiment too.
             raise InputError(
                 f"{key} = {value!r} is a setting of mux.name = {reader!r}, and mux.name = {config.mux.name!r} does not read it. "
                 f"Leave it {unset!r}, or choose that multiplexer."

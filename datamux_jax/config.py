@@ -137,11 +137,6 @@ def _teaching(config: Any) -> None:
             f"distill.teacher = {config.distill.teacher!r} teaches a task, but objective = {config.objective!r} is none. Set it for "
             f"runs of {', '.join(TASK_LOSSES)} alone."
         )
-    if config.task_loss == "squared":
-        raise InputError(
-            f"distill.teacher = {config.distill.teacher!r} compares probabilities, of which task_loss = 'squared' has none. Set "
-            "task_loss = 'cross_entropy', or distill.teacher = ''."
-        )
 
 
 POSITIVE = (

@@ -122,7 +122,16 @@ class RandomOrthoLowRank(RandomOrtho):
 
 
 def floating(x: Array) -> Array:
-    """Integers as float32: the parameters, cast to integers, would be zeros."""
+    """Bytes and truth values as float32: the parameters, cast to integers, would be zeros.
+
+    Raises:
+      InputError: wider integers, which are token ids more often than numbers.
+    """
+    if jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize > 1:
+        raise InputError(
+            f"The inputs are {x.dtype} of shape {list(x.shape)}, and mixing adds numbers: ids of tokens mean nothing when they are "
+            "added. Embed tokens before (x = nn.Embed(...)(ids), mux with last=True); numbers: x.astype('float32')."
+        )
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 

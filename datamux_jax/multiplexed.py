@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import flax
@@ -165,7 +166,8 @@ class Multiplexed(nn.Module):
 
 def _about_shapes(error: Exception) -> bool:
     """Whether an error can come of what a module was fed; not that of a traced flag, or of a misspelt argument."""
-    if isinstance(error, jax.errors.JAXTypeError):
+    calls_wrongly = isinstance(error, TypeError) and re.search(r"\b(keyword|positional) (only )?arguments?\b", str(error))
+    if isinstance(error, jax.errors.JAXTypeError) or calls_wrongly:
         return False
     words = ("shape", "dimension", "axis", "axes", "rank", "size", "broadcast", "unpack", "contract")
     return isinstance(error, flax.errors.ScopeParamShapeError) or any(word in str(error).lower() for word in words)

@@ -296,10 +296,11 @@ def normed_block_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str
     """
     columns = np.concatenate(places.write_NxDxd, axis=1)
     gram = columns.T @ columns
-    if np.abs(gram - np.diag(np.diag(gram))).max() > 1e-5 * np.diag(gram).min():
+    overlap = np.abs(gram - np.diag(np.diag(gram))).max() / np.diag(gram).min()
+    if overlap > 1e-5:
         raise InputError(
-            "A LayerNorm of single instances needs instances that live in orthogonal subspaces of the mixed row, and these do not. Use "
-            "RandomOrthoLowRank."
+            f"A LayerNorm of single instances needs instances that live in orthogonal subspaces of the mixed row; these overlap by "
+            f"{overlap:.2g}, where 1e-5 is allowed. Mix with RandomOrthoLowRank, or with BinaryHadamard without epsilon."
         )
     write_DxNxd = jnp.asarray(places.write_NxDxd.transpose(1, 0, 2), single["mlp_out"]["kernel"].dtype)
     norms = {name: {"write": write_DxNxd, "norm": single[name]} for name in ("attention_norm", "mlp_norm")}

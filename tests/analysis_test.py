@@ -235,6 +235,47 @@ def test_positions_that_not_all_instances_share_are_drawn_too(tmp_path):
     pictures.projection(tmp_path / "a.png", mixed, states, "A", ("zero", "one").__getitem__, "tag")
 
 
+def test_positions_are_spread_over_the_tokens_that_there_are(monkeypatch):
+    run, arrays = fresh_run(text_config(2, objective="retrieval"))
+    arrays = {name: array[:4].copy() for name, array in arrays.items()}
+    length = arrays["mask"].shape[1]
+    arrays["mask"][:, 4:] = 0
+    assert companions.spread(run, arrays, length).tolist() == [0, 1, 2, 3]
+    monkeypatch.setattr(companions, "POSITIONS", 2)
+    assert companions.spread(run, arrays, length).tolist() == [0, 2]
+    assert companions.spread(run, arrays, 1).tolist() == [0]
+    arrays["label"] = np.full_like(arrays["mask"], NO_LABEL)
+    arrays["label"][:, [2, 5]] = 1
+    run.config.objective = "tagging"
+    assert companions.spread(run, arrays, length).tolist() == [2, 5]
+
+
+def test_marks_of_positions_without_a_token_are_none():
+    run, arrays = fresh_run(text_config(2, objective="retrieval", model__init_stddev=0.5))
+    arrays = {name: array[:2].copy() for name, array in arrays.items()}
+    arrays["inputs"][:], arrays["mask"][:] = 7, 0
+    arrays["mask"][0, 1], arrays["mask"][1, 2] = 1, 1  # No position has tokens of both.
+    mixed, states = analysis.projection(run, arrays)
+    assert NO_LABEL in mixed.mark
+    assert set(states.mark.tolist()) == {7}
+
+
+def test_interference_of_any_function():
+    """Instances that are kept apart, and instances that are lost in the mean of their group."""
+    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    apart = analysis.interference_of(lambda x: x, x, instances=4, companions=5, groups=8)
+    assert (apart["similarity"], apart["changed"]) == (pytest.approx(1, abs=1e-5), 0)
+    assert abs(apart["chance"]) < 0.1
+    lost = analysis.interference_of(lambda x: np.broadcast_to(x.mean(1, keepdims=True), x.shape), x, instances=4, companions=5)
+    assert 0 < lost["similarity"] < 0.5
+    assert lost["changed"] > 0.3
+    assert len(lost["similarity_per_slot"]) == len(lost["changed_per_slot"]) == 4
+    with pytest.raises(InputError, match=r"gave shape \[32, 6\] for inputs \[32, 4, 6\]"):
+        analysis.interference_of(lambda x: x[:, 0], x, instances=4)
+    with pytest.raises(InputError, match="50 examples leave nothing to compare"):
+        analysis.interference_of(lambda x: x, x, instances=1)
+
+
 @pytest.fixture(scope="module")
 def family(digits_run, tmp_path_factory):
     """An experiment of the digits run as `n2`, and a plain network beside it."""
@@ -267,11 +308,14 @@ def test_the_command_compares_with_the_plain_run_beside(family):
 def test_a_plain_run_has_layers_alone(family, tmp_path, capsys):
     contents = analysis.analyze(family / "n1", output=tmp_path / "out", examples=30)
     assert contents["layers"]["not_against"] == "this is one itself."
-    assert all("N = 1 mixes nothing" in contents[part]["left_out"] for part in ("interference", "retrieval", "projection"))
+    assert all(
+        "N = 1 has one instance in each row" in contents[part]["left_out"]
+        for part in ("interference", "retrieval", "projection")
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"analysis.md", "analysis.json", "analysis-layers.png"}
     assert "Written to" in capsys.readouterr().out
     run = load_run(family / "n1")
-    with pytest.raises(InputError, match="N = 1 mixes nothing"):
+    with pytest.raises(InputError, match="N = 1 has one instance in each row"):
         analysis.interference(run, analysis.examples_of(run, "test", 5))
 
 

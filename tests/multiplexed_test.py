@@ -207,8 +207,9 @@ def test_errors_say_which_shape_was_expected_where(model, shape, message):
 
 
 def test_what_is_not_about_shapes_is_left_as_it_is():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'trian'"):
-        wrapped(Flat()).init(jax.random.key(0), jnp.zeros((3, 2, 5)), trian=True)
+    for wrong in ("trian", "axis"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}'"):
+            wrapped(Flat()).init(jax.random.key(0), jnp.zeros((3, 2, 5)), **{wrong: True})
 
 
 def test_other_shapes_than_at_first_are_refused_when_applied():

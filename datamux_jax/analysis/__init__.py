@@ -9,12 +9,13 @@
     analysis.interference(run, arrays, companions=10)  # One instance fixed, its companions drawn anew.
     analysis.retrieval_by_position(run, arrays)  # Tokens read back from the mixture, by slot and position.
     analysis.projection(run, arrays)  # Mixed and unmixed states in the plane.
+    analysis.interference_of(lambda x: model.apply(params, x), inputs, instances=4)  # A module of your own; no run is needed.
 
 `python -m launch.analyze --workdir=RUN` does all of it and writes tables and pictures; docs/analysis.md says what the numbers mean.
 What has no meaning for a run is refused here with an InputError, and left out there with the same words (`left_out`).
 """
 
-from datamux_jax.analysis.companions import interference
+from datamux_jax.analysis.companions import interference, interference_of
 from datamux_jax.analysis.layerwise import layer_statistics
 from datamux_jax.analysis.parts import left_out
 from datamux_jax.analysis.points import Points, projection
@@ -27,6 +28,7 @@ __all__ = [
     "analyze",
     "examples_of",
     "interference",
+    "interference_of",
     "layer_statistics",
     "left_out",
     "projection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from datamux_jax.analysis.parts import check_part, rotations
 from datamux_jax.analysis.readings import Reading, reader
 from datamux_jax.data.pipeline import Arrays, eval_batches
 from datamux_jax.errors import InputError
+from datamux_jax.losses import NO_LABEL
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run
 
@@ -22,7 +24,7 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
     """How much of what comes out for an instance depends on who it is mixed with.
 
     Every example stands in every slot with `companions` random sets of other examples. States of sequences are those that the
-    task's head reads; of tokens, those of all tokens that something is predicted for.
+    task's head reads; of tokens, those of tokens that something is predicted for.
 
     Args:
       run: a loaded run with N > 1.
@@ -34,7 +36,7 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
       Each as a mean over slots and, as `NAME_per_slot`, in every slot:
       `similarity`: cosine between the demultiplexed states of one instance with different companions, mean over all pairs of draws.
       `chance`: the same between different instances (in the same slot; of tokens, at the same position).
-      Of rows of tokens these two are read at 16 positions, evenly spread from the first to the last.
+      Of rows of tokens these two are read at 16 positions alone, spread over those where there are tokens (of tagging, labels).
       For classes, tags and tokens: `changed`, share of draws whose prediction is not the one that most draws give; `accuracy` and
       `accuracy_std`, over draws (population).
       For numbers: `spread`, standard deviation of the prediction over draws (root mean square); `squared_error` and
@@ -61,7 +63,7 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
         for number, found in enumerate(mixtures(run, read, arrays, order, groups)):
             rows = order[number * groups : (number + 1) * groups]
             if total is None:
-                places = np.linspace(0, found.states.shape[2] - 1, min(POSITIONS, found.states.shape[2])).round().astype(int)
+                places = spread(run, arrays, found.states.shape[2])
                 total = np.zeros((examples, instances, len(places), found.states.shape[-1]), np.float32)
             states = found.states[: len(rows), :, places]
             units = states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
@@ -76,7 +78,69 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
     result = _similarities(total, weight[..., places], companions) | _predictions(
         np.stack(guesses), truth, weight, run.config.objective != "regression"
     )
-    return {"examples": examples, "companions": companions, **result}
+    where = {"positions": places.tolist()} if total.shape[2] > 1 else {}
+    return {"examples": examples, "companions": companions, **where, **result}
+
+
+def interference_of(
+    apply: Callable[[np.ndarray], Any], inputs: np.ndarray, *, instances: int, companions: int = 10, groups: int = 32
+) -> dict[str, Any]:
+    """`interference` of any multiplexed function, such as a module of your own in `Multiplexed`.
+
+    Args:
+      apply: takes groups `[B, N, ...]`, returns a vector for each instance, `[B, N, C]`: `jax.jit(lambda x: model.apply(params, x))`.
+      inputs: examples `[M, ...]`, at least N and 2.
+      instances: `N`, at least 2.
+      companions: `K`, sets of companions of each example in each slot; at least 2.
+      groups: `B` of every call.
+
+    Returns:
+      `similarity`, `chance` and, of the largest of the `C` numbers, `changed`, each as a mean and `NAME_per_slot`; see `interference`.
+
+    Raises:
+      InputError: fewer than 2 instances or sets of companions, too few examples, or outputs of another shape.
+    """
+    examples = len(inputs)
+    if min(instances, companions) < 2 or examples < instances:
+        raise InputError(
+            f"instances = {instances}, companions = {companions} and {examples} examples leave nothing to compare. Give 2 or more of "
+            "the first two, and at least as many examples as instances."
+        )
+    total: np.ndarray | None = None
+    guesses = []
+    for draw in range(companions):
+        order = rotations(examples, instances, np.random.default_rng(draw))
+        parts = []
+        for start in range(0, examples, groups):
+            rows = order[np.arange(start, start + groups) % examples]  # One shape: the last call begins again.
+            parts.append(np.asarray(apply(inputs[rows]), np.float32)[: examples - start])
+            if parts[-1].ndim != 3 or parts[-1].shape[1] != instances:
+                raise InputError(
+                    f"The function gave shape {list(parts[-1].shape)} for inputs {[groups, instances, *inputs.shape[1:]]}, but a "
+                    f"vector for each instance is compared, [{groups}, {instances}, C]. Flatten or average what it gives."
+                )
+        found = np.concatenate(parts)
+        units = found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
+        total = np.zeros_like(units) if total is None else total
+        total[order, np.arange(instances)] += units
+        guess = np.empty((examples, instances, 1), int)
+        guess[order, np.arange(instances)] = found.argmax(-1)[..., None]
+        guesses.append(guess)
+    assert total is not None
+    ones = np.ones((examples, instances, 1))
+    changed = _predictions(np.stack(guesses), guesses[0], ones, True)
+    named = {name: changed[name] for name in ("changed", "changed_per_slot")}
+    return {"examples": examples, "companions": companions, **_similarities(total[:, :, None], ones, companions), **named}
+
+
+def spread(run: Run, arrays: Arrays, positions: int) -> np.ndarray:
+    """At most `POSITIONS` of the first `positions` ones, as many for each share of all tokens (of tagging, of all labels)."""
+    there = arrays["label"] != NO_LABEL if run.config.objective == "tagging" else arrays["mask"] > 0
+    if positions == 1 or there.ndim == 1:
+        return np.zeros(1, int)
+    mass = there[:, :positions].sum(0).cumsum()
+    wanted = (np.arange(POSITIONS) + 0.5) / POSITIONS * mass[-1]
+    return np.unique(np.searchsorted(mass, wanted))
 
 
 def mixtures(run: Run, read: Any, arrays: Arrays, order: np.ndarray, groups: int) -> Any:

@@ -26,7 +26,7 @@ def left_out(run: Run) -> dict[str, str]:
     if not isinstance(run.model, MultiplexedTransformer):
         reasons["layers"] = "This network is no Transformer: it has no attention, and no layers that are all alike."
     if run.config.num_instances == 1:
-        alone = "A run with N = 1 mixes nothing: no instance has companions, and nothing is unmixed."
+        alone = "A run with N = 1 has one instance in each row: it has no companions, and there is nothing to tell apart."
         return reasons | {part: alone for part in PARTS if part != "layers"}
     if not (isinstance(run.model, MultiplexedTransformer) and run.model.vocabulary_head):
         reasons["retrieval"] = (

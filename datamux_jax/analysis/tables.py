@@ -71,12 +71,13 @@ def of_interference(found: dict[str, Any], contents: dict[str, Any]) -> list[str
     rows = [["all", *[show(found[name]) for name, (_, show) in columns.items()]]]
     for slot in range(contents["num_instances"]):
         rows.append([str(slot + 1), *[show(found[f"{name}_per_slot"][slot]) for name, (_, show) in columns.items()]])
+    where = f", at {len(found['positions'])} positions of the rows" if "positions" in found else ""
     return [
         *table(["slot", *[head for head, _ in columns.values()]], rows),
         "",
         f"Each of {found['examples']:,} examples in each slot with {found['companions']} random sets of companions; predicted is: "
-        f"{what}. Similarity: cosine between the demultiplexed states of one instance with different companions; chance: between "
-        "different instances. "
+        f"{what}. Similarity: cosine between the demultiplexed states of one instance with different companions{where}; chance: "
+        "between different instances. "
         + (
             "Changed: draws whose prediction is not the one that most draws give."
             if "accuracy" in found

@@ -1,7 +1,8 @@
 """MLP and LeNet as DataMUX has them for images, and the layers that they are made of. Table `VISION`.
 
 Kernels and biases start as torch's do, uniform in `+-1 / sqrt(fan_in)`, with which the published networks were trained. Layers compute
-in the type of their input. Parameters have no logical axes: they are a few hundred kilobytes, and lie whole on every device.
+in the type of their input. Parameters have no logical axes: LeNet has a few hundred kilobytes, an MLP a few megabytes, and they lie
+whole on every device.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class Format:
       inputs: what an example is: "text", "pair" of texts, "words", or "features".
       metrics: what is reported of predictions, keys of `task_metrics.METRICS`.
       image_size: pixels of a side that images are brought to; 0: features are taken as they are.
+      pixels: features are pixels, from 0 to 1.
     """
 
     label_names: tuple[str, ...]
@@ -73,6 +74,7 @@ class Format:
     inputs: str = "text"
     metrics: tuple[str, ...] = ("accuracy",)
     image_size: int = 0
+    pixels: bool = False
 
     def save(self, run: Path) -> None:
         """Writes `format.json` and, for texts, the tokenizer into the folder of a run."""
@@ -157,10 +159,10 @@ class Format:
             raise InputError(
                 "The features hold a NaN or an infinity, and one such value spoils its whole group. Remove or replace it first."
             )
-        if self.image_size and features.size and not 0 <= features.min() <= features.max() <= 1:
+        if self.pixels and features.size and not 0 <= features.min() <= features.max() <= 1:
             raise InputError(
                 f"This model reads images with pixels from 0 (background) to 1, but got values from {features.min():g} to "
-                f"{features.max():g}. Divide bytes by 255."
+                f"{features.max():g}. Divide them by the largest value that a pixel can have, such as 255 for bytes."
             )
         return {"inputs": features, "mask": np.ones(features.shape[:2], np.int32)}, np.zeros(len(features), bool)
 
@@ -206,7 +208,7 @@ def format_of(config: Any, run: Path | None = None) -> Format:
     first = None if source is None else next(iter(source.splits.values())).inputs
     if source is not None and isinstance(first, np.ndarray):
         length, width = (data.image_size, data.image_size) if data.image_size else first.shape[1:]
-        kind = {"inputs": "features", "feature_size": width, "image_size": data.image_size}
+        kind = {"inputs": "features", "feature_size": width, "image_size": data.image_size, "pixels": True}
         fmt = Format(source.label_names, length, metrics=source.metrics, **kind)
         if data.length not in (0, fmt.length):
             raise InputError(
