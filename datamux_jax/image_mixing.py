@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import cast
 
 import flax.linen as nn
 import jax
@@ -124,7 +123,7 @@ class Nonlinear(ImageMixing):
         n = x_BxNxHxW.shape[1]
 
         def kernel(name: str, inputs: int, outputs: int) -> Array:
-            return cast(Array, self.param(f"{name}_kernel", gaussian_kernels, (n, 3, 3, inputs, outputs)))
+            return self.param(f"{name}_kernel", gaussian_kernels, (n, 3, 3, inputs, outputs))
 
         kernels = kernel("first", 1, HIDDEN), kernel("second", HIDDEN, self.channels)
 
