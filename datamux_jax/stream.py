@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from datamux_jax.data.pipeline import Format
 from datamux_jax.data.tables import Row
 from datamux_jax.errors import InputError
 from datamux_jax.inference import Inference, Prediction, Window
@@ -115,8 +116,8 @@ class Features:
       InputError: the file cannot be read, or holds no such array.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
-        self.name = name
+    def __init__(self, name: str, fmt: Format) -> None:
+        self.name, self.format, shape = name, fmt, fmt.input_shape
         self.size = self.position = 0
         try:
             array = np.load(name, mmap_mode="r", allow_pickle=False)
@@ -138,8 +139,7 @@ class Features:
         for number, features in enumerate(self._array, start=1):
             self.position += features.nbytes
             value = np.asarray(features, np.float32)
-            finite = bool(np.isfinite(value).all())
-            yield Row(number, number, {FEATURES: value}, "" if finite else "holds a NaN or an infinity")
+            yield Row(number, number, {FEATURES: value}, self.format.problem(value))
 
 
 def blocks(source: Rows, inference: Inference, fields: Fields, *, skip: int, digest: str) -> Iterator[Block]:

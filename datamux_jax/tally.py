@@ -14,6 +14,7 @@ VARYING = (
     (re.compile(r" \(lines \d+ to \d+\)$"), ""),
     (re.compile(r"^(is not UTF-8|is no JSON|is no CSV)(?: at|:) .*$", re.DOTALL), r"\1"),
     (re.compile(r"^has the label .*, which ", re.DOTALL), "has a label which "),
+    (re.compile(r"^has pixels from .* to .*, where 0 .*$"), "has pixels outside of 0 to 1"),
     (re.compile(r"^has \d+ labels for \d+ words$"), "has more or fewer labels than words"),
     (re.compile(r"^has \d+ fields, but the header names \d+$"), "has more or fewer fields than the header"),
 )

@@ -59,7 +59,7 @@ def open_rows(inference: Inference, fields: Fields) -> Table | Features:
         reads = "texts" if arrays else "feature arrays, from a .npy file"
         raise InputError(f"--input={INPUT.value} does not fit: this model reads {reads}. Give another --input or --workdir.")
     if arrays:
-        return Features(INPUT.value, inference.format.input_shape)
+        return Features(INPUT.value, inference.format)
     if INPUT.value == "-":
         return Table(sys.stdin.buffer, fields.kinds(inference), file_format=FORMAT.value or "text", header=HEADER.value)
     return Table(INPUT.value, fields.kinds(inference), file_format=FORMAT.value, header=HEADER.value)

@@ -1,6 +1,7 @@
 """Prediction of tables: what comes out for good and for damaged rows, and going on after an interruption."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -235,16 +236,19 @@ def test_arrays_are_rows_too(digits_run, tmp_path):
     predictor = datamux_jax.load(digits_run)
     images = np.random.default_rng(0).random((40, 8, 8), np.float32)
     images[7, 0, 0] = np.nan
+    images[9] *= 255
     np.save(tmp_path / "images.npy", images)
     fields = stream.Fields((stream.FEATURES,))
     target = tmp_path / "out.jsonl"
     output = output_files.OutputFile(target, fields.columns(predictor.objective), {})
-    source = stream.Features(str(tmp_path / "images.npy"), (8, 8))
+    source = stream.Features(str(tmp_path / "images.npy"), predictor.format)
     counts = stream.predict_rows(predictor, source, output, fields, show=False)
-    assert counts == Tally(rows=40, scored=39, errors=1, reasons={"holds a NaN or an infinity": 1})
+    reasons = {"holds a NaN or an infinity": 1, "has pixels outside of 0 to 1": 1}
+    assert counts == Tally(rows=40, scored=38, errors=2, reasons=reasons)
     assert read(target)[7]["error"] == "holds a NaN or an infinity"
+    assert read(target)[9]["error"].startswith("has pixels from ")
     with pytest.raises(InputError, match=r"holds shape \[40, 8, 8\].*\[n, 9, 8\]"):
-        stream.Features(str(tmp_path / "images.npy"), (9, 8))
+        stream.Features(str(tmp_path / "images.npy"), dataclasses.replace(predictor.format, length=9))
 
 
 @pytest.mark.parametrize(

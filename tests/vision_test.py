@@ -375,7 +375,7 @@ def test_a_run_is_trained_evaluated_measured_and_used(finished):
     np.testing.assert_allclose(predictor.logits(images.fitted(eight, 20)), predictor.logits(eight), atol=1e-5)
     assert predictor.probabilities(np.pad(twenty, ((0, 0), (4, 4), (4, 4)))).shape == (3, 10)
     with pytest.raises(
-        InputError, match=r"pixels from 0 \(background\) to 1, but got values from 0 to 255. Divide them by the largest value"
+        InputError, match=r"has pixels from 0 to 255, where 0 \(background\) to 1 are read.*Divide by the largest value"
     ):
         predictor(np.array([[[0.0, 255.0]] * 2]).repeat(10, 1).repeat(10, 2))
     export.export_run(finished / "n2", finished / "exported", ("cpu",))

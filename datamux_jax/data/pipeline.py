@@ -155,16 +155,20 @@ class Format:
                 f"{'shape ' + str(list(features.shape)) if features.ndim > 1 else 'something else'}. Reshape the inputs, or load "
                 "a model that was trained on text."
             )
-        if not np.isfinite(features).all():
-            raise InputError(
-                "The features hold a NaN or an infinity, and one such value spoils its whole group. Remove or replace it first."
-            )
-        if self.pixels and features.size and not 0 <= features.min() <= features.max() <= 1:
-            raise InputError(
-                f"This model reads images with pixels from 0 (background) to 1, but got values from {features.min():g} to "
-                f"{features.max():g}. Divide them by the largest value that a pixel can have, such as 255 for bytes."
-            )
+        if problem := self.problem(features):
+            way_out = "Remove or replace it first."
+            if np.isfinite(features).all():
+                way_out = "Divide by the largest value that a pixel can have, such as 255 for bytes."
+            raise InputError(f"One of the inputs {problem}, and one such input spoils its whole group. {way_out}")
         return {"inputs": features, "mask": np.ones(features.shape[:2], np.int32)}, np.zeros(len(features), bool)
+
+    def problem(self, features: np.ndarray) -> str:
+        """What is wrong with the values of features, as an end of a sentence; nothing: ""."""
+        if not np.isfinite(features).all():
+            return "holds a NaN or an infinity"
+        if self.pixels and features.size and not 0 <= features.min() <= features.max() <= 1:
+            return f"has pixels from {features.min():g} to {features.max():g}, where 0 (background) to 1 are read"
+        return ""
 
     def _encode_texts(self, tokenizer: Tokenizer, inputs: Any) -> tuple[Arrays, np.ndarray]:
         what, example, fits = TEXT_INPUTS[self.inputs]
