@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from datamux_jax import distributed, losses, metrics, predicted, saved, scoring, workdir
+from datamux_jax import distributed, grouping, losses, metrics, predicted, saved, scoring, workdir
 from datamux_jax.build import build_generator
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
@@ -90,6 +90,60 @@ def evaluate(
     }
 
 
+def evaluate_ensemble(
+    run: Run, ensemble: int, *, split: str, groupings: int, label: str = "evaluate", predictions: Path | None = None
+) -> dict[str, Any]:
+    """Like `evaluate`, but every example is fed `ensemble` times, in other slots and groups, and its outputs are averaged.
+
+    Returns:
+      As `evaluate`, of the task's metrics alone, without slots; and `ensemble`.
+
+    Raises:
+      InputError: as `evaluate`, or `ensemble` does not divide the run's N, or the run learned no task.
+    """
+    config = run.config
+    check_ensemble(ensemble, config)
+    if groupings < 1:
+        raise InputError(f"groupings = {groupings} leaves nothing to measure. Ask for at least 1.")
+    if predictions is not None:
+        check_predictions(predictions, config)
+    arrays, fmt = examples_of(run, split, config.eval.examples), run.format
+    step = scoring.scoring_step(config, run.model, None, logits=True)
+    scores: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    about: dict[str, Any] = {}
+    progress = Progress(label, groupings)
+    for seed in range(groupings):
+        scored = scoring.score(step, run.params, arrays, config, run.mesh, seed=seed, ensemble=ensemble)
+        scores.append(({}, predicted.numbers(scored, arrays, fmt, 0)))
+        if seed == 0:
+            about = _about(scored, arrays, fmt)
+            if predictions is not None:
+                _write_predictions(predictions, scored, arrays, fmt)
+        progress.update(seed + 1)
+        distributed.stop_if_asked("in the evaluation")
+    progress.close()
+    return {
+        "split": split,
+        "examples": len(arrays["inputs"]),
+        "groupings": groupings,
+        "ensemble": ensemble,
+        "step": run.step,
+        "num_instances": config.num_instances,
+        **about,
+        **{name: value for name, value in _summary({}, scores).items() if "_per_slot" not in name},
+    }
+
+
+def check_ensemble(ensemble: int, config: Any) -> None:
+    """Raises InputError unless a run with `config` can be evaluated as an ensemble of `ensemble`."""
+    if config.objective not in losses.TASK_LOSSES:
+        raise InputError(
+            f"ensemble = {ensemble} averages the outputs of a task, but objective = {config.objective!r} has none. Evaluate a run of "
+            f"{', '.join(losses.TASK_LOSSES)}, or leave ensemble out."
+        )
+    grouping.check_ensemble(ensemble, config.num_instances)
+
+
 def _about(scored: scoring.Scored, arrays: pipeline.Arrays, fmt: pipeline.Format) -> dict[str, Any]:
     if scored.outputs is None:
         return {"metrics": []}
@@ -142,14 +196,20 @@ def check_predictions(path: Path, config: Any) -> None:
     predicted.check_path(path)
 
 
-def suffix(config: Any, split: str, groupings: int) -> str:
+def suffix(config: Any, split: str, groupings: int, ensemble: int = 1) -> str:
     """What tells the files of an evaluation with other settings than the config's from the usual ones."""
     usual = (split, groupings) == (config.eval.split, config.eval.groupings)
-    return "" if usual else f"-{split}-{groupings}"
+    return ("" if usual else f"-{split}-{groupings}") + (f"-ensemble-{ensemble}" if ensemble > 1 else "")
 
 
 def evaluate_run(
-    path: Path, *, split: str = "", groupings: int = 0, label: str = "evaluate", predictions: Path | None = None
+    path: Path,
+    *,
+    split: str = "",
+    groupings: int = 0,
+    label: str = "evaluate",
+    predictions: Path | None = None,
+    ensemble: int = 1,
 ) -> dict[str, Any]:
     """Evaluates the run in `path` and writes `metrics.json` there; other settings than those of its config get a file of their own.
 
@@ -157,7 +217,7 @@ def evaluate_run(
     """
     config = workdir.load_config(path)
     split, groupings = split or config.eval.split, groupings or config.eval.groupings
-    file = path / f"{NAME}{suffix(config, split, groupings)}.json"
+    file = path / f"{NAME}{suffix(config, split, groupings, ensemble)}.json"
 
     def before() -> dict[str, Any] | None:
         if not file.exists() or predictions is not None:
@@ -167,6 +227,8 @@ def evaluate_run(
 
     if old := distributed.from_primary(before):
         return old
-    result = evaluate(load_run(path), split=split, groupings=groupings, label=label, predictions=predictions)
+    options: dict[str, Any] = {"split": split, "groupings": groupings, "label": label, "predictions": predictions}
+    run = load_run(path)
+    result = evaluate(run, **options) if ensemble == 1 else evaluate_ensemble(run, ensemble, **options)
     distributed.on_primary(lambda: workdir.write_json(file, result))
     return result

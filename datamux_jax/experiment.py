@@ -23,7 +23,7 @@ from datamux_jax.benchmark import throughput
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, choose
-from datamux_jax.evaluate import check_predictions, evaluate_run, suffix
+from datamux_jax.evaluate import check_ensemble, check_predictions, evaluate_run, suffix
 from datamux_jax.plan import Plan, prepare
 from datamux_jax.runs import load_run
 from datamux_jax.train import train
@@ -192,6 +192,37 @@ def compare(folder: Path, *, split: str = "", groupings: int = 0, predictions: P
 
     distributed.on_primary(write)
     return result
+
+
+def ensembles(
+    folder: Path, ensemble: int, *, split: str = "", groupings: int = 0, predictions: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluates all runs of the experiment (or the single run) in `folder` that can be as ensembles, and prints a table.
+
+    Each writes its `metrics-ensemble-K.json`. Runs of an experiment that learned no task, or whose N it does not divide, are left out.
+
+    Args: as `compare`.
+
+    Raises:
+      InputError: as `compare`, or no run can be evaluated so.
+    """
+    config = workdir.load_config(folder)
+    if predictions is not None:
+        check_predictions(predictions, config)
+    configs = {name: workdir.load_config(folder / name) for name in (list(config.runs) or [""])}
+    fits = [n for n, one in configs.items() if one.objective in losses.TASK_LOSSES and one.num_instances % ensemble == 0]
+    if not fits:
+        check_ensemble(ensemble, list(configs.values())[-1])
+    options: dict[str, Any] = {"split": split, "groupings": groupings, "predictions": predictions, "ensemble": ensemble}
+    scores = {name: evaluate_run(folder / name, label=f"{name} evaluate".strip(), **options) for name in fits}
+    header = ["run", "N", "copies", "metric", "value"]
+    rows = [
+        [name or folder.name, str(one["num_instances"]), str(ensemble), metric, report.with_std(one, metric)]
+        for name, one in scores.items()
+        for metric in one["metrics"]
+    ]
+    print("\n" + "\n".join(report.table(header, rows)), flush=True)
+    return scores
 
 
 def _measured(folder: Path, config: Any, configs: Mapping[str, Any], steps: Mapping[str, int]) -> dict[str, Any]:

@@ -117,12 +117,15 @@ def batches(sizes: np.ndarray, *, groups: int, instances: int, lengths: tuple[in
         real = (cells < len(block)).reshape(groups, instances)
         filled = -(-len(block) // instances)
         for time in range(ensemble):
-            source = _moved(groups, instances, filled, time, ensemble)
+            source = moved(groups, instances, filled, time, ensemble)
             yield Batch(rows[source], real[source], length)
 
 
-def _moved(groups: int, instances: int, filled: int, time: int, ensemble: int) -> tuple[np.ndarray, np.ndarray]:
-    """Group and slot, both `[B, N]`, where each cell of a batch takes its input from; only the `filled` first groups exchange."""
+def moved(groups: int, instances: int, filled: int, time: int, ensemble: int) -> tuple[np.ndarray, np.ndarray]:
+    """Group and slot, both `[B, N]`, where each cell of a batch takes its input from in one of `ensemble` times, see `batches`.
+
+    Only the `filled` first groups exchange.
+    """
     group, slot = np.meshgrid(np.arange(groups), np.arange(instances), indexing="ij")
     old_slot = (slot - time * (instances // ensemble)) % instances
     old_group = np.where(group < filled, (group - time * old_slot) % filled, group)

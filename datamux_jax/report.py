@@ -77,12 +77,12 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
             [
                 name or "run",
                 str(score["num_instances"]),
-                *[_with_std(score, metric) for metric in TASKS],
+                *[with_std(score, metric) for metric in TASKS],
                 _slots(score),
                 f"{score['mlm_loss']:.3f}" if score.get("mlm_loss") is not None else "",
-                _with_std(score, "mlm_accuracy"),
-                _with_std(score, "replaced_accuracy"),
-                _with_std(score, "retrieval_accuracy"),
+                with_std(score, "mlm_accuracy"),
+                with_std(score, "replaced_accuracy"),
+                with_std(score, "retrieval_accuracy"),
                 f"{speed['instances_per_second']:,.0f}" if speed else "",
                 f"{speed['ratio']:.2f}x" if speed else "",
             ]
@@ -172,7 +172,7 @@ def _shown(metric: str, value: float) -> str:
     return f"{100 * value:.1f}" if metric in NO_SHARES else f"{value:.1%}"
 
 
-def _with_std(score: dict[str, Any], name: str) -> str:
+def with_std(score: dict[str, Any], name: str) -> str:
     if score.get(name) is None:
         return ""
     text = _shown(name, score[name])

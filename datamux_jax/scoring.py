@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from datamux_jax import losses, metrics, sharding
+from datamux_jax import grouping, losses, metrics, sharding
 from datamux_jax.data import pipeline
 from datamux_jax.model import MultiplexedTransformer, Network, call
 from datamux_jax.objectives import OBJECTIVES
@@ -31,8 +31,8 @@ class Scored:
     Attributes:
       totals: sums over all examples and passes.
       outputs: of the task, for every pass in the order of the examples: class logits `[passes, n, C]`, numbers `[passes, n]`, or tags
-        `[passes, n, L]`; None where no task is scored.
-      slots: which slot each example stood in, `[passes, n]`; None with `outputs`.
+        `[passes, n, L]`; None where no task is scored. Of an ensemble there is one pass, the mean.
+      slots: which slot each example stood in, `[passes, n]`; of an ensemble 0, for there were several; None with `outputs`.
     """
 
     totals: metrics.Totals
@@ -40,11 +40,11 @@ class Scored:
     slots: np.ndarray | None
 
 
-def scoring_step(config: Any, model: Network, generator: MultiplexedTransformer | None) -> Step:
+def scoring_step(config: Any, model: Network, generator: MultiplexedTransformer | None, *, logits: bool = False) -> Step:
     """The jitted function `(params, batch, key) -> (sums, outputs)` of what `config` trains for; `loss` is always among the sums.
 
     Pre-training is scored as it is trained, on what `key` draws, and has no outputs; everything else is scored on every token and draws
-    nothing.
+    nothing. With `logits` the outputs of tagging are logits `[B, N, L, C]`, not tags.
     """
     if config.objective in ("mlm", "electra"):
         objective = OBJECTIVES[config.objective](model, config, generator)
@@ -64,7 +64,7 @@ def scoring_step(config: Any, model: Network, generator: MultiplexedTransformer 
             task, outputs = losses.task_loss(config)(model, params, h, batch, {}, False)
             sums |= {**task, "loss": task["task_loss"]}
             # Where the groups are, so that every process finds the outputs of those that it reads.
-            outputs = sharding.constrain(FETCHED[config.objective](outputs))
+            outputs = sharding.constrain(outputs if logits else FETCHED[config.objective](outputs))
         return sums, outputs
 
     return jax.jit(step)
@@ -79,6 +79,7 @@ def score(
     *,
     seed: int,
     every_slot: bool = False,
+    ensemble: int = 1,
 ) -> Scored:
     """Scores all examples, mixed in one random grouping.
 
@@ -90,15 +91,24 @@ def score(
       mesh: that `params` lie on.
       seed: of the grouping, and of what pre-training draws.
       every_slot: score each group `N` times, its instances moved on by one slot each time, so that every example stands in every slot.
+      ensemble: `k`, feed every example `k` times, in other slots and groups each time, and average the outputs (MUX-PLMs,
+        "ensembling"); `step` gives logits then, and not tags.
     """
     groups = sharding.eval_groups(config, mesh)
     mine = sharding.local_groups(mesh, groups)
     batches = pipeline.eval_batches(arrays, groups=groups, instances=config.num_instances, seed=seed, mine=mine)
-    passes = config.num_instances if every_slot else 1
+    passes = max(config.num_instances if every_slot else 1, ensemble)
+
+    def arranged(array: np.ndarray, filled: int, time: int) -> np.ndarray:
+        if ensemble == 1:
+            return np.roll(array, time, axis=1)
+        return array[grouping.moved(array.shape[0], array.shape[1], filled, time, ensemble)]
+
     rolled = (
-        (np.roll(rows, shift, axis=1), {k: np.roll(v, shift, axis=1) for k, v in batch.items()})
+        (arranged(rows, filled, time), {k: arranged(v, filled, time) for k, v in batch.items()})
         for rows, batch in batches
-        for shift in range(passes)
+        for filled in (max(1, int((batch["weight"] > 0).any(1).sum())),)
+        for time in range(passes)
     )
     total: metrics.Totals = {}
     fetched: list[np.ndarray] = []
@@ -122,7 +132,11 @@ def score(
     fetch(*pending)
     if not fetched:
         return Scored(total, None, None)
-    return Scored(total, *_in_order(np.stack(fetched), np.stack(places), passes, len(arrays["inputs"])))
+    outputs, slots = _in_order(np.stack(fetched), np.stack(places), passes, len(arrays["inputs"]))
+    if ensemble > 1:
+        mean = outputs.mean(0, keepdims=True)
+        return Scored(total, mean.argmax(-1) if config.objective == "tagging" else mean, np.zeros_like(slots[:1]))
+    return Scored(total, outputs, slots)
 
 
 def _in_order(outputs: np.ndarray, rows: np.ndarray, passes: int, examples: int) -> tuple[np.ndarray, np.ndarray]:

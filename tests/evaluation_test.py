@@ -4,19 +4,22 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import datamux_jax
 from datamux_jax import experiment, metrics, predicted, report, scoring, sharding, task_metrics, workdir
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError
-from datamux_jax.evaluate import evaluate, evaluate_run
+from datamux_jax.evaluate import check_ensemble, evaluate, evaluate_run, examples_of
 from datamux_jax.losses import NO_LABEL
 from datamux_jax.metrics_log import read_lines
 from datamux_jax.runs import load_run
@@ -338,3 +341,49 @@ def test_metrics_of_another_kind_are_refused_before_any_work(similarities, monke
     with pytest.raises(InputError, match=r"'accuracy' measures classification or tagging, but objective = 'regression'"):
         train(small_config(2, objective="regression", data__name="similarities"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_ensemble_is_that_of_prediction(digits_run, tmp_path):
+    """Same groups, same copies: the logits of a full batch are those that a predictor averages."""
+    run = load_run(digits_run)
+    arrays = examples_of(run, "test", 0)
+    step = scoring.scoring_step(run.config, run.model, None, logits=True)
+    scored = scoring.score(step, run.params, arrays, run.config, run.mesh, seed=3, ensemble=2)
+    order = np.random.default_rng(3).permutation(len(arrays["inputs"]))
+    predictor = datamux_jax.load(digits_run)
+    whole = len(order) // predictor.batch_size * predictor.batch_size
+    assert whole > 0
+    expected = predictor.logits(arrays["inputs"][order[:whole]], ensemble=2)
+    np.testing.assert_allclose(scored.outputs[0, order[:whole]], expected, atol=1e-5)
+    once = scoring.score(step, run.params, arrays, run.config, run.mesh, seed=3)
+    assert np.abs(once.outputs[0] - scored.outputs[0]).max() > 1e-3
+
+
+def test_every_example_is_averaged_with_itself_alone():
+    """A network that says its input, and tags that are the input."""
+    config = small_config(4, eval__batch_groups=3, objective="tagging")
+    labels = np.random.default_rng(0).integers(0, 5, size=(29, 6)).astype(np.int32)
+    arrays = {"inputs": labels, "mask": np.ones_like(labels), "label": labels}
+
+    def step(params, batch, key):
+        return {}, jax.nn.one_hot(batch["inputs"], 5)
+
+    scored = scoring.score(step, {}, arrays, config, sharding.inference_mesh(), seed=0, ensemble=2)
+    assert scored.outputs.shape == (1, 29, 6)
+    np.testing.assert_array_equal(scored.outputs[0], labels)
+
+
+def test_runs_are_evaluated_as_ensembles(digits_run, capsys, tmp_path):
+    shutil.copytree(digits_run, tmp_path / "run")
+    scores = experiment.ensembles(tmp_path / "run", 2)
+    assert "| run | N | copies | metric   | value" in capsys.readouterr().out
+    (found,) = scores.values()
+    assert (found["ensemble"], found["metrics"]) == (2, ["accuracy"])
+    assert 0 <= found["accuracy"] <= 1
+    assert "accuracy_std" in found
+    assert not [name for name in found if "per_slot" in name]
+    assert workdir.read_json(tmp_path / "run" / "metrics-ensemble-2.json") == found
+    with pytest.raises(InputError, match=r"ensemble = 3 copies.*Choose one of: 1, 2"):
+        experiment.ensembles(tmp_path / "run", 3)
+    with pytest.raises(InputError, match="objective = 'retrieval' has none"):
+        check_ensemble(2, small_config(objective="retrieval"))
