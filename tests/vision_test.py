@@ -387,14 +387,21 @@ def test_a_run_is_trained_evaluated_measured_and_used(finished):
 
 def test_a_look_inside_leaves_out_what_images_lack(finished, tmp_path):
     contents = analysis.analyze(finished / "n2", output=tmp_path, examples=20, companions=2)
-    assert "no Transformer" in contents["layers"]["left_out"]
+    assert set(contents["layers"]) == {"norm", "magnitude", "not_against"}
+    assert [len(contents["layers"][name]) for name in ("norm", "magnitude")] == [4, 4]
+    assert "| layer | norm, N = 2 | magnitude, N = 2 |" in (tmp_path / "analysis.md").read_text()
     assert "no vocabulary head" in contents["retrieval"]["left_out"]
     assert len(contents["interference"]["accuracy_per_slot"]) == 2
     assert contents["projection"]["demultiplexed"]["points"] == 40
-    assert {path.name for path in tmp_path.glob("*.png")} == {"analysis-interference.png", "analysis-projection.png"}
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"analysis-layers.png", "analysis-interference.png", "analysis-projection.png"}
     run = load_run(finished / "n2")
-    with pytest.raises(InputError, match="layers: This network is no Transformer"):
-        analysis.layer_statistics(run, analysis.examples_of(run, "test", 5))
+    arrays = analysis.examples_of(run, "test", 4)
+    found = analysis.layer_statistics(run, arrays)
+    x = arrays["inputs"][np.random.default_rng(0).permutation(4)].reshape(2, 2, 20, 20)  # Grouping 0.
+    h = run.model.apply({"params": run.params}, x, arrays["mask"][:4].reshape(2, 2, -1), method="encode")
+    np.testing.assert_allclose(found["norm"][-1], np.linalg.norm(h, axis=-1).mean(), rtol=1e-4)
+    np.testing.assert_allclose(found["magnitude"][-1], np.abs(h).mean(), rtol=1e-4)
 
 
 @pytest.mark.slow

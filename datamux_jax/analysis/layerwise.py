@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
-from datamux_jax.analysis.parts import totals_of, transformer
+from datamux_jax.analysis.parts import totals_of
 from datamux_jax.data.pipeline import Arrays
 from datamux_jax.layers import Block
-from datamux_jax.model import MultiplexedTransformer
+from datamux_jax.model import MultiplexedTransformer, Network
 from datamux_jax.runs import Run
 
 
 def layer_statistics(run: Run, arrays: Arrays, *, groupings: int = 1, label: str = "layers") -> dict[str, list[float]]:
-    """Statistics of every encoder layer, means over all real positions of the (mixed) rows.
+    """Statistics of every encoder layer, means over all real positions of the (mixed) rows; of LeNet and MLP, over rows.
 
     Inputs are fed as they are, without masking or replacing tokens. A position is real if that of any instance in the row is.
 
@@ -31,13 +32,36 @@ def layer_statistics(run: Run, arrays: Arrays, *, groupings: int = 1, label: str
     Returns:
       Lists with one entry a layer: `norm`, the L2 norm of the layer's output; `magnitude`, the mean absolute value of its entries (what
       MUX-PLMs reports); `entropy`, of attention in nats, mean over heads; `largest_entropy`, that of uniform attention, the log of the
-      number of positions that may be attended to.
+      number of positions that may be attended to. LeNet and MLP have `norm` and `magnitude` of their activations, after tanh.
     """
-    model = unrolled(transformer(run, "layers"))
-    layers = model.spec.num_layers
-    step = jax.jit(lambda params, batch, key: (layer_sums(model, params, batch), None))
+    if isinstance(run.model, MultiplexedTransformer):
+        sums_of = functools.partial(layer_sums, unrolled(run.model))
+    else:
+        sums_of = functools.partial(image_layer_sums, run.model)
+    step = jax.jit(lambda params, batch, key: (sums_of(params, batch), None))
     totals = totals_of(step, run, arrays, groupings, label)
-    return {name: [float(totals[name][0][i] / totals[name][1][i]) for i in range(layers)] for name in totals}
+    return {name: (total / count).tolist() for name, (total, count) in totals.items()}
+
+
+def image_layer_sums(model: Network, params: Any, batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The sums of `layer_statistics` over a batch of images, of the backbone's layers in order, each `[layers]`."""
+    _, kept = model.apply(
+        {"params": params},
+        batch["inputs"],
+        batch["mask"],
+        method="encode",
+        mutable=["intermediates"],
+        capture_intermediates=lambda module, method: isinstance(module, nn.Conv | nn.Dense) and method == "__call__",
+    )
+    weight = batch["weight"].max(1)
+    # Dictionaries of intermediates are in the order of the calls; tanh follows every layer of these networks.
+    found = [
+        jnp.tanh(layer["__call__"][0].reshape(len(weight), -1))
+        for layer in kept["intermediates"]["network"]["backbone"].values()
+    ]
+    by_layer = [{"norm": jnp.linalg.norm(x, axis=-1), "magnitude": jnp.abs(x).mean(-1)} for x in found]
+    count = jnp.full(len(found), weight.sum())
+    return {name: (jnp.stack([(values[name] * weight).sum() for values in by_layer]), count) for name in by_layer[0]}
 
 
 def unrolled(model: MultiplexedTransformer) -> MultiplexedTransformer:

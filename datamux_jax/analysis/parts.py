@@ -22,9 +22,7 @@ PARTS = {
 
 def left_out(run: Run) -> dict[str, str]:
     """Part -> why it has no meaning for `run`, a sentence; only those that have none."""
-    reasons = {}
-    if not isinstance(run.model, MultiplexedTransformer):
-        reasons["layers"] = "This network is no Transformer: it has no attention, and no layers that are all alike."
+    reasons: dict[str, str] = {}
     if run.config.num_instances == 1:
         alone = "A run with N = 1 has one instance in each row: it has no companions, and there is nothing to tell apart."
         return reasons | {part: alone for part in PARTS if part != "layers"}
@@ -33,17 +31,6 @@ def left_out(run: Run) -> dict[str, str]:
             "This network has no vocabulary head: it reads features, not tokens, so no token can be read back."
         )
     return reasons
-
-
-def transformer(run: Run, part: str) -> MultiplexedTransformer:
-    """The network of `run`, for a part that only Transformers have.
-
-    Raises:
-      InputError: it is none.
-    """
-    if not isinstance(run.model, MultiplexedTransformer):
-        raise _without(run, part)
-    return run.model
 
 
 def check_part(run: Run, part: str, arrays: Arrays) -> None:

@@ -65,7 +65,8 @@ def layers(path: Path, found: dict[str, Any], title: str, instances: int) -> Non
 
         return draw
 
-    save(path, title, [panel(name) for name in heads], 3, (4.2, 3.6))
+    there = [name for name in heads if name in found]
+    save(path, title, [panel(name) for name in there], len(there), (4.2, 3.6))
 
 
 def interference(path: Path, found: dict[str, Any], title: str) -> None:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from datamux_jax import losses
-from datamux_jax.analysis.parts import check_part, totals_of, transformer
+from datamux_jax.analysis.parts import check_part, totals_of
 from datamux_jax.data.pipeline import Arrays
-from datamux_jax.model import call
+from datamux_jax.model import MultiplexedTransformer, call
 from datamux_jax.runs import Run
 
 
@@ -32,7 +32,8 @@ def retrieval_by_position(run: Run, arrays: Arrays, *, groupings: int = 1, label
       InputError: N = 1, no vocabulary head, or too few examples.
     """
     check_part(run, "retrieval", arrays)
-    model = transformer(run, "retrieval")
+    model = run.model
+    assert isinstance(model, MultiplexedTransformer), "others have no vocabulary head"
 
     def sums(params: Any, batch: Any, key: jax.Array) -> Any:
         del key

@@ -35,14 +35,18 @@ def markdown(contents: dict[str, Any]) -> str:
 def of_layers(found: dict[str, Any], contents: dict[str, Any]) -> list[str]:
     n = f"N = {contents['num_instances']}"
     plain = found.get("against")
-    header = ["layer", f"norm, {n}", f"magnitude, {n}", f"entropy, {n}", "of largest"]
-    header += ["norm, N = 1", "magnitude, N = 1", "entropy, N = 1", "of largest"] if plain else []
+    attention = "entropy" in found
+    header = ["layer"]
+    for which in (n, "N = 1") if plain else (n,):
+        header += [f"norm, {which}", f"magnitude, {which}", *([f"entropy, {which}", "of largest"] if attention else [])]
     rows = []
     for layer in range(len(found["norm"])):
         row = [str(layer + 1)]
         for one in filter(None, (found, plain)):
-            norm, magnitude, entropy, largest = (one[key][layer] for key in ("norm", "magnitude", "entropy", "largest_entropy"))
-            row += [f"{norm:.2f}", f"{magnitude:.3f}", f"{entropy:.3f}", f"{entropy / largest:.0%}" if largest else ""]
+            row += [f"{one['norm'][layer]:.2f}", f"{one['magnitude'][layer]:.3f}"]
+            if attention:
+                entropy, largest = one["entropy"][layer], one["largest_entropy"][layer]
+                row += [f"{entropy:.3f}", f"{entropy / largest:.0%}" if largest else ""]
         rows.append(row)
     note = (
         f"N = 1 is {plain['run']} (step {plain['step']:,}), fed with the same examples."
@@ -52,8 +56,9 @@ def of_layers(found: dict[str, Any], contents: dict[str, Any]) -> list[str]:
     return [
         *table(header, rows),
         "",
-        "Means over real positions. Norm: L2 norm of a layer's output; magnitude: mean absolute value of its entries. Entropy: of "
-        "attention, in nats, mean over heads; of largest: relative to uniform attention.",
+        ("Means over real positions. " if attention else "Means over rows, of activations after tanh. ")
+        + "Norm: L2 norm of a layer's output; magnitude: mean absolute value of its entries."
+        + (" Entropy: of attention, in nats, mean over heads; of largest: relative to uniform attention." if attention else ""),
         "",
         note,
     ]
