@@ -60,9 +60,12 @@ def _of_jaxpr(jaxpr: Any) -> float:
             total += 2 * math.prod(out.shape) * float(np.prod([left.shape[axis] for axis in contracted]))
             continue
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, list | tuple) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += times * _of_jaxpr(inner)
+        found = [
+            times * _of_jaxpr(inner)
+            for value in equation.params.values()
+            for one in (value if isinstance(value, list | tuple) else [value])
+            if hasattr(inner := getattr(one, "jaxpr", one), "eqns")
+        ]
+        # Of branches, such as those for platforms, one is taken.
+        total += max(found, default=0.0) if equation.primitive.name == "cond" else sum(found)
     return total

@@ -173,6 +173,37 @@ def by_heads(x: Array) -> Array:
     return jnp.swapaxes(constrain(jnp.swapaxes(x, -2, -1), "tensor"), -2, -1)
 
 
+def attend(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+    """Softmax attention, `[B, L, heads, head_dim]`.
+
+    That of `jax.nn`, but on CPUs, where XLA takes two thirds of the time for another order of axes (8 rows of 128 tokens, 12 heads of
+    64, with gradients: 27 and 17 ms on 2 cores). For a v5e the compiler reckons 6% more for a training step with that.
+
+    Args:
+      q: queries, `[B, L, heads, head_dim]`.
+      k: keys, likewise.
+      v: values, likewise.
+      allowed: true where a key may be attended to, broadcast against `[B, heads, L, L]` (query, key); None: everywhere. Where nothing
+        may, all weights are equal.
+    """
+    masks = () if allowed is None else (allowed,)
+
+    def of_jax(q: Array, k: Array, v: Array, *masks: Array) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=masks[0] if masks else None)
+
+    return cast(Array, jax.lax.platform_dependent(q, k, v, *masks, cpu=heads_first, default=of_jax))
+
+
+def heads_first(q: Array, k: Array, v: Array, *masks: Array) -> Array:
+    """The function of `jax.nn.dot_product_attention`, with heads before positions; scores and weights are float32 or wider."""
+    q, k, v = (jnp.swapaxes(x, -3, -2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=wide)
+    for allowed in masks:
+        scores = jnp.where(allowed, scores, jnp.finfo(wide).min)
+    return jnp.swapaxes(jnp.einsum("...ts,...sd->...td", nn.softmax(scores).astype(v.dtype), v), -3, -2)
+
+
 def attention_weights(q: Array, k: Array, allowed: Array | None) -> Array:
     """The weights `[B, heads, L, L]` (query, key) of the fused attention, which returns none: its results for one-hot values.
 
@@ -187,7 +218,7 @@ def attention_weights(q: Array, k: Array, allowed: Array | None) -> Array:
     pieces = -(-length // width)
     onehot = jnp.eye(length, pieces * width, dtype=q.dtype).reshape(length, pieces, 1, width)
     values = jnp.broadcast_to(jnp.moveaxis(onehot, 1, 0)[:, None], (pieces, len(q), length, heads, width))
-    parts = jax.vmap(lambda v: jax.nn.dot_product_attention(q, k, v, mask=allowed))(values)
+    parts = jax.vmap(lambda v: attend(q, k, v, allowed))(values)
     return jnp.einsum("pblhw->bhlpw", parts).reshape(len(q), heads, length, pieces * width)[..., :length]
 
 
@@ -233,7 +264,7 @@ class Attention(nn.Module):
                 dtype=q.dtype,
             )
         else:
-            y = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+            y = attend(q, k, v, allowed)
             if self.is_mutable_collection("intermediates"):  # Somebody looks inside; otherwise weights never exist as an array.
                 self.sow("intermediates", "weights", attention_weights(q, k, allowed))
         y = by_heads(y)
