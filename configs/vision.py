@@ -38,8 +38,12 @@ PUBLISHED = {
     "optimizer": "sgd",
     "schedule": "constant",
 }
-RATE, EPOCHS = {"transformer": 1e-3}, 15
-ON_DIGITS = {"lenet": (1.0, 30), "mlp": (0.3, 60), "transformer": (1e-3, 30)}  # Rate and epochs.
+# Rate and epochs on MNIST, and on digits.
+TRAINING = {
+    "lenet": ((0.1, 15), (1.0, 30)),
+    "mlp": ((0.1, 15), (0.3, 60)),
+    "transformer": ((1e-3, 15), (1e-3, 30)),
+}
 NETWORKS: dict[str, dict] = {
     "lenet": PUBLISHED,
     "mlp": PUBLISHED | {"mux": "orthogonal", "width": 400, "depth": 2},
@@ -54,7 +58,7 @@ def get_config(arg=None):
     choose(NETWORKS, name, "Name the network first, as in configs/vision.py:lenet,n=8. The network")
     shared = {"data": "digits", "n": (1, 2, 4, 8), "plain": True, "epochs": 0, "groups": 32, "size": 20}
     arg = common.parse_arg(rest, **shared, **NETWORKS[name], rate=0.0, validation=0, examples=0, seed=0)
-    rate, epochs = ON_DIGITS[name] if arg.data == "digits" else (RATE.get(name, 0.1), EPOCHS)
+    rate, epochs = TRAINING[name][arg.data == "digits"]
     arg.rate, arg.epochs = arg.rate or rate, arg.epochs or epochs
     c = common.get_config()
     c.title = f"{name}, {'MNIST' if arg.data != 'digits' else 'digits'}: N images at once"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,36 +57,15 @@ def evaluate(
     Raises:
       InputError: no such split, no groupings, or predictions that cannot be written.
     """
-    if groupings < 1:
-        raise InputError(f"groupings = {groupings} leaves nothing to measure. Ask for at least 1.")
     config = run.config
-    if predictions is not None:
-        check_predictions(predictions, config)
-    arrays, fmt = examples_of(run, split, config.eval.examples), run.format
     step = scoring.scoring_step(config, run.model, build_generator(config, run.model))
-    totals, scores, about = [], [], {}
-    progress = Progress(label, groupings)
-    for seed in range(groupings):
-        scored = scoring.score(step, run.params, arrays, config, run.mesh, seed=seed, every_slot=config.eval.every_slot)
-        totals.append(scored.totals)
-        tasks = predicted.numbers(scored, arrays, fmt, config.num_instances)
-        scores.append((metrics.means(scored.totals), tasks))
-        if seed == 0:
-            about = _about(scored, arrays, fmt)
-            if predictions is not None:
-                _write_predictions(predictions, scored, arrays, fmt)
-        progress.update(seed + 1)
-        distributed.stop_if_asked("in the evaluation")
-    progress.close()
+    every_slot = config.eval.every_slot
+    found = _groupings(run, step, split, groupings, label, predictions, every_slot=every_slot)
+    totals, tasks = [one for one, _ in found.scores], [one for _, one in found.scores]
     return {
-        "split": split,
-        "examples": len(arrays["inputs"]),
-        "groupings": groupings,
-        "every_slot": run.config.eval.every_slot,
-        "step": run.step,
-        "num_instances": run.config.num_instances,
-        **about,
-        **_summary(metrics.means(metrics.merge(totals)), scores),
+        **found.about,
+        "every_slot": every_slot,
+        **_summary(metrics.means(metrics.merge(totals)), list(zip(map(metrics.means, totals), tasks, strict=True))),
     }
 
 
@@ -103,35 +82,53 @@ def evaluate_ensemble(
     """
     config = run.config
     check_ensemble(ensemble, config)
+    step = scoring.scoring_step(config, run.model, None, logits=True)
+    found = _groupings(run, step, split, groupings, label, predictions, ensemble=ensemble)
+    summary = _summary({}, [({}, tasks) for _, tasks in found.scores])
+    return {**found.about, "ensemble": ensemble, **{name: value for name, value in summary.items() if "_per_slot" not in name}}
+
+
+class _Groupings(NamedTuple):
+    """What was evaluated, and of each grouping its sums and its task metrics."""
+
+    about: dict[str, Any]
+    scores: list[tuple[metrics.Totals, dict[str, Any]]]
+
+
+def _groupings(
+    run: Run,
+    step: scoring.Step,
+    split: str,
+    groupings: int,
+    label: str,
+    predictions: Path | None,
+    *,
+    every_slot: bool = False,
+    ensemble: int = 1,
+) -> _Groupings:
+    """Scores a split in each of `groupings` random groupings; see `evaluate` and `scoring.score`."""
     if groupings < 1:
         raise InputError(f"groupings = {groupings} leaves nothing to measure. Ask for at least 1.")
+    config = run.config
     if predictions is not None:
         check_predictions(predictions, config)
     arrays, fmt = examples_of(run, split, config.eval.examples), run.format
-    step = scoring.scoring_step(config, run.model, None, logits=True)
-    scores: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    about: dict[str, Any] = {}
+    about = {"split": split, "examples": len(arrays["inputs"]), "groupings": groupings}
+    about |= {"step": run.step, "num_instances": config.num_instances}
+    slots = config.num_instances if ensemble == 1 else 0  # Of an ensemble every example stood in several.
+    scores = []
     progress = Progress(label, groupings)
     for seed in range(groupings):
-        scored = scoring.score(step, run.params, arrays, config, run.mesh, seed=seed, ensemble=ensemble)
-        scores.append(({}, predicted.numbers(scored, arrays, fmt, 0)))
+        scored = scoring.score(step, run.params, arrays, config, run.mesh, seed=seed, every_slot=every_slot, ensemble=ensemble)
+        scores.append((scored.totals, predicted.numbers(scored, arrays, fmt, slots)))
         if seed == 0:
-            about = _about(scored, arrays, fmt)
+            about |= _about(scored, arrays, fmt)
             if predictions is not None:
                 _write_predictions(predictions, scored, arrays, fmt)
         progress.update(seed + 1)
         distributed.stop_if_asked("in the evaluation")
     progress.close()
-    return {
-        "split": split,
-        "examples": len(arrays["inputs"]),
-        "groupings": groupings,
-        "ensemble": ensemble,
-        "step": run.step,
-        "num_instances": config.num_instances,
-        **about,
-        **{name: value for name, value in _summary({}, scores).items() if "_per_slot" not in name},
-    }
+    return _Groupings(about, scores)
 
 
 def check_ensemble(ensemble: int, config: Any) -> None:

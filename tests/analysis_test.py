@@ -54,7 +54,7 @@ def fresh_run(config, path=Path("fresh")):
 
 
 def test_attention_weights_are_those_that_attention_used():
-    """Put to work by hand, they give what the module gave."""
+    """Put to work by hand, they give what the module gave; heads are 4 wide, so the weights of 11 keys come in three pieces."""
     length = 11
     module = Attention(Spec(hidden_size=8, num_layers=1, num_heads=2, mlp_dim=8, init_stddev=0.5))
     x = jax.random.normal(jax.random.key(0), (2, length, 8))

@@ -66,9 +66,8 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
                 places = spread(run, arrays, found.states.shape[2])
                 total = np.zeros((examples, instances, len(places), found.states.shape[-1]), np.float32)
             states = found.states[: len(rows), :, places]
-            units = states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
             at = rows, np.arange(instances)
-            total[at] += units * found.weight[: len(rows), :, places, None]
+            total[at] += _units(states) * found.weight[: len(rows), :, places, None]
             drawn.append((rows, *(np.asarray(x)[: len(rows)] for x in (found.guess, found.truth, found.weight))))
             progress.update(draw * batches + number + 1)
         guess, truth, weight = _in_order(drawn, examples)
@@ -107,7 +106,7 @@ def interference_of(
             "the first two, and at least as many examples as instances."
         )
     total: np.ndarray | None = None
-    guesses = []
+    guesses: list[np.ndarray] = []
     for draw in range(companions):
         order = rotations(examples, instances, np.random.default_rng(draw))
         parts = []
@@ -120,12 +119,9 @@ def interference_of(
                     f"vector for each instance is compared, [{groups}, {instances}, C]. Flatten or average what it gives."
                 )
         found = np.concatenate(parts)
-        units = found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
-        total = np.zeros_like(units) if total is None else total
-        total[order, np.arange(instances)] += units
-        guess = np.empty((examples, instances, 1), int)
-        guess[order, np.arange(instances)] = found.argmax(-1)[..., None]
-        guesses.append(guess)
+        total = np.zeros_like(found) if total is None else total
+        total[order, np.arange(instances)] += _units(found)
+        guesses.append(*_in_order([(order, found.argmax(-1)[..., None])], examples))
     assert total is not None
     ones = np.ones((examples, instances, 1))
     changed = _predictions(np.stack(guesses), guesses[0], ones, True)
@@ -153,6 +149,11 @@ def mixtures(run: Run, read: Any, arrays: Arrays, order: np.ndarray, groups: int
         with sharding.on_mesh(run.mesh):
             found = read(run.params, sharding.put_batch(batch, run.mesh))
         yield Reading(*jax.device_get(found))
+
+
+def _units(x: np.ndarray) -> np.ndarray:
+    """Vectors of length 1."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _in_order(drawn: list[tuple[np.ndarray, ...]], examples: int) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,8 @@ from datamux_jax.data.pipeline import Arrays
 from datamux_jax.layers import Block
 from datamux_jax.model import MultiplexedTransformer, Network
 from datamux_jax.runs import Run
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def layer_statistics(run: Run, arrays: Arrays, *, groupings: int = 1, label: str = "layers") -> dict[str, list[float]]:
@@ -43,25 +46,37 @@ def layer_statistics(run: Run, arrays: Arrays, *, groupings: int = 1, label: str
     return {name: (total / count).tolist() for name, (total, count) in totals.items()}
 
 
-def image_layer_sums(model: Network, params: Any, batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+def image_layer_sums(model: Network, params: Any, batch: Any) -> Sums:
     """The sums of `layer_statistics` over a batch of images, of the backbone's layers in order, each `[layers]`."""
-    _, kept = model.apply(
+    kept = kept_of(model, params, batch, lambda module, method: isinstance(module, nn.Conv | nn.Dense) and method == "__call__")
+    weight = batch["weight"].max(1)
+    # Dictionaries of intermediates are in the order of the calls; tanh follows every layer of these networks.
+    found = [jnp.tanh(layer["__call__"][0].reshape(len(weight), -1)) for layer in kept["network"]["backbone"].values()]
+    return summed([size_of(x) for x in found], weight)
+
+
+def kept_of(model: Network, params: Any, batch: Any, kept: Callable[[nn.Module, str], bool]) -> Any:
+    """What the modules that `kept` names, and those that sow, leave behind when a batch is encoded."""
+    _, found = model.apply(
         {"params": params},
         batch["inputs"],
         batch["mask"],
         method="encode",
         mutable=["intermediates"],
-        capture_intermediates=lambda module, method: isinstance(module, nn.Conv | nn.Dense) and method == "__call__",
+        capture_intermediates=kept,
     )
-    weight = batch["weight"].max(1)
-    # Dictionaries of intermediates are in the order of the calls; tanh follows every layer of these networks.
-    found = [
-        jnp.tanh(layer["__call__"][0].reshape(len(weight), -1))
-        for layer in kept["intermediates"]["network"]["backbone"].values()
-    ]
-    by_layer = [{"norm": jnp.linalg.norm(x, axis=-1), "magnitude": jnp.abs(x).mean(-1)} for x in found]
-    count = jnp.full(len(found), weight.sum())
+    return found["intermediates"]
+
+
+def summed(by_layer: Sequence[dict[str, jax.Array]], weight: jax.Array) -> Sums:
+    """The weighted sums of every number, with their counts, each `[layers]`."""
+    count = jnp.full(len(by_layer), weight.sum())
     return {name: (jnp.stack([(values[name] * weight).sum() for values in by_layer]), count) for name in by_layer[0]}
+
+
+def size_of(x: jax.Array) -> dict[str, jax.Array]:
+    """Norm and magnitude of activations, over the last axis."""
+    return {"norm": jnp.linalg.norm(x, axis=-1), "magnitude": jnp.abs(x).mean(-1)}
 
 
 def unrolled(model: MultiplexedTransformer) -> MultiplexedTransformer:
@@ -70,22 +85,12 @@ def unrolled(model: MultiplexedTransformer) -> MultiplexedTransformer:
     return model.clone(parent=None, spec=spec, backbone=model.backbone.clone(parent=None, spec=spec))
 
 
-def layer_sums(model: MultiplexedTransformer, params: Any, batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+def layer_sums(model: MultiplexedTransformer, params: Any, batch: Any) -> Sums:
     """The sums of `layer_statistics` over a batch, each `[layers]`; rows that only fill up count nothing."""
-    _, kept = model.apply(
-        {"params": params},
-        batch["inputs"],
-        batch["mask"],
-        method="encode",
-        mutable=["intermediates"],
-        capture_intermediates=is_block,
-    )
+    kept = kept_of(model, params, batch, is_block)
     weight = model.fed_mask(batch["mask"]).max(1) * batch["weight"].max(1)[:, None]
-    found = [kept["intermediates"]["backbone"][f"layers_{i}"] for i in range(model.spec.num_layers)]
-    by_layer = [of_layer(layer["__call__"][0], layer["attention"]["weights"][0]) for layer in found]
-    sums = {name: jnp.stack([(values[name] * weight).sum() for values in by_layer]) for name in by_layer[0]}
-    count = jnp.full(len(found), weight.sum())
-    return {name: (total, count) for name, total in sums.items()}
+    found = [kept["backbone"][f"layers_{i}"] for i in range(model.spec.num_layers)]
+    return summed([of_layer(layer["__call__"][0], layer["attention"]["weights"][0]) for layer in found], weight)
 
 
 def is_block(module: nn.Module, method: str) -> bool:
@@ -104,8 +109,7 @@ def of_layer(x_BxLxD: jax.Array, weights_BxHxLxL: jax.Array) -> dict[str, jax.Ar
     # A key that no head gives any weight is masked: softmax leaves something everywhere else.
     allowed = (weights > 0).any(1).sum(-1)
     return {
-        "norm": jnp.linalg.norm(x, axis=-1),
-        "magnitude": jnp.abs(x).mean(-1),
+        **size_of(x),
         "entropy": entr(weights).sum(-1).mean(1),
         "largest_entropy": jnp.log(allowed),
     }
