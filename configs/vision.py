@@ -8,7 +8,8 @@ notebook: every image is seen N times. Two things differ: N = 1 is the plain net
 published), and on digits, which are few, rate and epochs are larger. Arguments:
 
     lenet              the network, first and without a name: lenet, mlp or transformer
-    data=              digits, of scikit-learn, enlarged; mnist, of TensorFlow Datasets; or a folder with MNIST's four idx files
+    data=              digits, of scikit-learn, enlarged; mnist, of TensorFlow Datasets; or a folder with MNIST's four idx files (one
+                       that is called mnist: ./mnist)
     n=1+2+4+8          numbers of instances
     mux=               transformation: for lenet and mlp of datamux_jax/image_mixing.py or mixing.py, for transformer of mux.py
     demux=             mlp, layers of each instance's own, or rsa, a key for each

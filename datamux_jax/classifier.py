@@ -106,8 +106,7 @@ def check(config: Any) -> None:
     """Checks the keys of a config whose `model.backbone` is one of `VISION`; the rest is checked with all others.
 
     Raises:
-      InputError: a name that images do not have, or a key for Transformers or another multiplexer. Sizes are not looked at: their
-        defaults are the Transformer's.
+      InputError: a name that images do not have, or a key that only Transformers, or another multiplexer or demultiplexer, read.
     """
     if config.objective != "classification" or config.retrieval_loss_coeff:
         raise InputError(
@@ -123,24 +122,38 @@ def check(config: Any) -> None:
         ("model.dropout_rate", config.model.dropout_rate, 0),
         ("model.attention_dropout_rate", config.model.attention_dropout_rate, 0),
         ("model.pool", config.model.pool, "mean"),
+        ("model.family", config.model.family, "bert"),
+        ("model.num_heads", config.model.num_heads, 4),
+        ("model.mlp_dim", config.model.mlp_dim, 512),
+        ("model.embedding_size", config.model.embedding_size, 0),
+        ("model.init_stddev", config.model.init_stddev, 0),
+        ("model.layer_norm_eps", config.model.layer_norm_eps, 1e-6),
         ("mux.attend_padding", config.mux.attend_padding, False),
+        ("demux.prefix", config.demux.prefix, "extend"),
+        *(
+            (("model.hidden_size", config.model.hidden_size, 128), ("model.num_layers", config.model.num_layers, 3))
+            if config.model.backbone == "lenet"
+            else ()
+        ),
     ):
         if value != unset:
             raise InputError(
-                f"{key} = {value!r} is for Transformers, and model.backbone = {config.model.backbone!r} does not read it. Leave it "
-                f"{unset!r}."
+                f"{key} = {value!r} is for Transformers, and model.backbone = {config.model.backbone!r} does not read it. "
+                f"Leave it {unset!r}."
             )
     if config.mux.learned and config.mux.name in ("rotation", "remap"):
         raise InputError(
             f"mux.learned = True asks mux.name = {config.mux.name!r} to learn, which has no parameters. Leave it False, or choose "
             "another multiplexer."
         )
-    for key, value, unset, reader in (
-        ("mux.norm", config.mux.norm, 0, "gaussian_hadamard"),
-        ("mux.epsilon", config.mux.epsilon, 0, "binary_hadamard"),
+    for key, value, unset, part, chosen, reader in (
+        ("mux.norm", config.mux.norm, 0, "mux", config.mux.name, "gaussian_hadamard"),
+        ("mux.epsilon", config.mux.epsilon, 0, "mux", config.mux.name, "binary_hadamard"),
+        ("demux.num_layers", config.demux.num_layers, 2, "demux", config.demux.name, "rsa"),
+        ("demux.form", config.demux.form, "paper", "demux", config.demux.name, "rsa"),
     ):
-        if value != unset and config.mux.name not in (reader, "none"):  # Flags hold for the plain network of an experiment too.
+        if value != unset and chosen not in (reader, "none"):  # Flags hold for the plain network of an experiment too.
             raise InputError(
-                f"{key} = {value!r} is a setting of mux.name = {reader!r}, and mux.name = {config.mux.name!r} does not read it. "
-                f"Leave it {unset!r}, or choose that multiplexer."
+                f"{key} = {value!r} is a setting of {part}.name = {reader!r}, and {part}.name = {chosen!r} does not read it. "
+                f"Leave it {unset!r}, or choose {reader!r}."
             )

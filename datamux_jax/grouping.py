@@ -37,12 +37,13 @@ def group(x: Any, instances: int) -> Any:
     What is missing in the last group are copies of the first inputs, which are mixed like any others; `ungroup` drops their outputs.
 
     Args:
-      x: an array of numpy or JAX.
+      x: an array of numpy or JAX, or what numpy makes one of.
       instances: `N`.
 
     Raises:
       InputError: `N` is below 1, or there is nothing to fill a group with.
     """
+    x = x if hasattr(x, "ndim") else np.asarray(x)
     if instances < 1 or not x.ndim or not len(x):
         raise InputError(
             f"An array of shape {list(x.shape)} makes no groups of {instances} instances. Give a flat batch [n, ...] with at least one "

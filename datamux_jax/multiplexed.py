@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
 import flax.linen as nn
-import jax
 
 from datamux_jax.errors import InputError, brief
 from datamux_jax.layers import Array
 
-# What a module raises that is fed a shape which it does not take.
-WRONG_SHAPE = (TypeError, ValueError, flax.errors.ScopeParamShapeError)
+# What a module raises, as a rule, that is fed a shape which it does not take.
+WRONG_SHAPE = (TypeError, ValueError, IndexError, AssertionError, flax.errors.ScopeParamShapeError)
+# Arguments by which modules are told that they are trained.
+FLAGS = ("train", "training", "deterministic")
 
 
 class Multiplexed(nn.Module):
@@ -38,8 +41,9 @@ class Multiplexed(nn.Module):
         variables = model.init(jax.random.key(1), x)
         logits = datamux_jax.ungroup(model.apply(variables, x), 30)  # [30, 10], in the order of the images.
 
-    Further arguments of a call go to the backbone, `model.apply(variables, x, train=True)`. Its random streams and its mutable
-    collections (batch statistics) are used as without multiplexing: `rngs=` and `mutable=` of `apply`.
+    Further arguments of a call go to the backbone, `model.apply(variables, x, train=True)`; `train`, `training` and `deterministic`,
+    given by keyword, to every part that has an argument of that name. Random streams and mutable collections (batch statistics) are
+    used as without multiplexing: `rngs=` and `mutable=` of `apply`.
 
     Attributes:
       mux: module `[B, N, *in] -> [B, *mixed]`, of `mixing.MIXING`, of `image_mixing.IMAGE_MIXING` or any other; None, with `N` = 1:
@@ -62,33 +66,31 @@ class Multiplexed(nn.Module):
         Args:
           x_BxN: inputs, `[B, N, *in]`.
           *args: passed to the backbone.
-          **kwargs: passed to the backbone.
+          **kwargs: passed to the backbone, those of `FLAGS` to all parts that take them.
 
         Returns:
           `[B, N, *out]`.
 
         Raises:
-          InputError: a shape that a part does not take, or that it should not give; says which part.
+          InputError: a shape that a part does not take, or that it should not give; says which part. What a part raises for another
+            reason, or as an error of its own, passes with a note that says the same.
         """
-        return self.unmix(self.encode(x_BxN, *args, **kwargs))
+        return self.unmix(self.encode(x_BxN, *args, **kwargs), **_flags(kwargs))
 
     def encode(self, x_BxN: Array, *args: Any, **kwargs: Any) -> Array:
         """The backbone's output for mixed inputs, `[B, *out]`; arguments and errors as `__call__`."""
-        mixed = self.mix(x_BxN)
-        made = (
-            "The input" if self.mux is None else f"The mux {_name(self.mux)} made of inputs {_instances(x_BxN)} a mixed input"
+        mixed = self.mix(x_BxN, **_flags(kwargs))
+        # A flag that only others have is none of the backbone's; what nobody has is refused by it.
+        elsewhere = {name for name in FLAGS for part in (self.mux, self.demux, self.head) if name in _arguments(part)}
+        own = {name: value for name, value in kwargs.items() if name not in elsewhere - _arguments(self.backbone)}
+        made = "" if self.mux is None else f", which the mux {_name(self.mux)} made of inputs {_instances(x_BxN)}"
+        h = self._fitting(
+            "backbone",
+            lambda x: self.backbone(x, *args, **own),
+            mixed,
+            f"input of shape {list(mixed.shape)}{made}",
+            "choose a mux that gives what the backbone takes (those of mixing.py keep the shape of an input), or another backbone",
         )
-        try:
-            h = self.backbone(mixed, *args, **kwargs)
-        except InputError:
-            raise
-        except WRONG_SHAPE as error:
-            if not _about_shapes(error):
-                raise
-            raise InputError(
-                f"{made} of shape {list(mixed.shape)}, which the backbone {_name(self.backbone)} does not take: {brief(error)} Choose "
-                "a mux that gives what the backbone takes (those of mixing.py keep the shape of an input), or another backbone."
-            ) from error
         if getattr(h, "shape", ())[:1] != mixed.shape[:1]:
             raise InputError(
                 f"The backbone {_name(self.backbone)} must keep the axis of groups: it got {list(mixed.shape)}, so it must give one "
@@ -96,7 +98,7 @@ class Multiplexed(nn.Module):
             )
         return h
 
-    def mix(self, x_BxN: Array) -> Array:
+    def mix(self, x_BxN: Array, **flags: Any) -> Array:
         """Mixed inputs, `[B, *mixed]`; arguments and errors as `__call__`."""
         n = self.num_instances
         if n < 1 or ((self.mux is None or self.demux is None) and n != 1):
@@ -104,14 +106,15 @@ class Multiplexed(nn.Module):
                 f"num_instances = {n} with mux = {_name(self.mux)} and demux = {_name(self.demux)}: N is at least 1, and more than one "
                 "instance needs both a mux and a demux. Give them, or set num_instances = 1."
             )
-        if len(x_BxN.shape) < 2 or x_BxN.shape[1] != n:
+        if len(_shape_of(x_BxN)) < 2 or x_BxN.shape[1] != n:
             raise InputError(
-                f"The inputs have shape {list(x_BxN.shape)}, but this network mixes {n} instances, so it takes [groups, {n}, ...]. "
+                f"The inputs have {_shape(x_BxN)}, but this network mixes {n} instances, so it takes [groups, {n}, ...]. "
                 f"Make groups of a flat batch with datamux_jax.group(x, {n})."
             )
         if self.mux is None:
             return x_BxN[:, 0]
-        mixed = self._fitting("mux", self.mux, x_BxN)
+        mux = _with_flags(self.mux, flags)
+        mixed = self._fitting("mux", mux, x_BxN, f"inputs of shape {list(x_BxN.shape)}")
         if _shape_of(mixed)[:1] != x_BxN.shape[:1]:
             raise InputError(
                 f"The mux {_name(self.mux)} must make one mixed input of each group: of inputs {list(x_BxN.shape)} one array "
@@ -119,12 +122,13 @@ class Multiplexed(nn.Module):
             )
         return mixed
 
-    def separate(self, h_B: Array) -> Array:
+    def separate(self, h_B: Array, **flags: Any) -> Array:
         """The states of all instances before the head, `[B, N, *unmixed]`, of one output of the backbone; errors as `__call__`."""
         if self.demux is None:
             return h_B[:, None]
         expected = (h_B.shape[0], self.num_instances)
-        z_BxN = self._fitting("demux", self.demux, h_B)
+        demux = _with_flags(self.demux, flags)
+        z_BxN = self._fitting("demux", demux, h_B, f"the backbone's output, of shape {list(h_B.shape)}")
         if _shape_of(z_BxN)[:2] != expected:
             raise InputError(
                 f"The demux {_name(self.demux)} must give the states of all instances: of the backbone's output {list(h_B.shape)} "
@@ -133,44 +137,60 @@ class Multiplexed(nn.Module):
             )
         return z_BxN
 
-    def unmix(self, h_B: Array) -> Array:
+    def unmix(self, h_B: Array, **flags: Any) -> Array:
         """The outputs of all instances, `[B, N, *out]`, of one output of the backbone, `[B, *out]`; errors as `__call__`."""
-        z_BxN = self.separate(h_B)
+        z_BxN = self.separate(h_B, **flags)
         if self.head is None:
             return z_BxN
         over_instances: Any = nn.vmap(
-            lambda head, z_B: head(z_B),
+            lambda head, z_B: _with_flags(head, flags)(z_B),
             variable_axes={"params": None},
             split_rngs={"params": False, "dropout": True},
             in_axes=1,
             out_axes=1,
         )
-        return self._fitting("head", lambda z: over_instances(self.head, z), z_BxN)
+        fed = f"states of all instances, of shape {list(z_BxN.shape)}, mapped over instances"
+        return self._fitting("head", lambda z: over_instances(self.head, z), z_BxN, fed)
 
-    def _fitting(self, role: str, module: Any, x: Array) -> Any:
-        """`module(x)`; raises InputError, with what it was fed, if it does not take it."""
+    def _fitting(self, role: str, call: Callable[[Array], Any], x: Array, fed: str, way_out: str = "") -> Any:
+        """`call(x)`, that of a part; what it raises says which part it was, and what it was fed."""
+        part = f"The {role} {_name(getattr(self, role))}"
         try:
-            return module(x)
+            return call(x)
         except InputError:
             raise
-        except WRONG_SHAPE as error:
-            if not _about_shapes(error):
+        except Exception as error:
+            if not _may_be_shapes(error):
+                error.add_note(f"{part} was fed {fed}.")
                 raise
-            fed = {"mux": "inputs", "demux": "the backbone's output, of", "head": "unmixed states of all instances, of"}[role]
-            part = getattr(self, role)
             raise InputError(
-                f"The {role} {_name(part)} does not take {fed} shape {list(x.shape)}: {brief(error)} Choose a {role} that fits, or "
-                "change what it is fed."
+                f"{part} failed on {fed}: {type(error).__name__}: {brief(error)} If it takes other shapes, "
+                f"{way_out or f'choose a {role} that fits, or change what it is fed'}."
             ) from error
 
 
-def _about_shapes(error: Exception) -> bool:
-    """Whether an error can come of what a module was fed; not that of a traced flag, or of a misspelt argument."""
+def _flags(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name in FLAGS}
+
+
+def _arguments(module: nn.Module | None) -> set[str]:
+    """The names of what a call of the module takes; one that passes anything on (`nn.Sequential`) has none of its own."""
+    return set() if module is None else set(inspect.signature(type(module).__call__).parameters)
+
+
+def _with_flags(module: Any, flags: Mapping[str, Any]) -> Callable[[Array], Any]:
+    """`module`, called with those of the flags that it has."""
+    own = {name: value for name, value in flags.items() if name in _arguments(module)}
+    return lambda x: module(x, **own)
+
+
+def _may_be_shapes(error: Exception) -> bool:
+    """Whether an error may come of what a module was fed: one of the language's or flax's own, but not for a misspelt argument.
+
+    Errors of classes derived from these say more by their names (those of traced flags, of a user's own), and keep them.
+    """
     calls_wrongly = isinstance(error, TypeError) and re.search(r"\b(keyword|positional) (only )?arguments?\b", str(error))
-    if isinstance(error, jax.errors.JAXTypeError) or calls_wrongly:
-        return False
-    words = ("shape", "dimension", "axis", "axes", "rank", "size", "broadcast", "unpack", "contract")
-    return isinstance(error, flax.errors.ScopeParamShapeError) or any(word in str(error).lower() for word in words)
+    return type(error) in WRONG_SHAPE and not calls_wrongly
 
 
 def _name(module: nn.Module | None) -> str:

@@ -106,11 +106,12 @@ def attention(
       draws: of everything, over which errors are averaged.
 
     Raises:
-      InputError: an unknown mixer, no `D` holds any `N`, or `draws` below 1.
+      InputError: an unknown mixer, no `N` or one below 1, no `D` holds any `N`, or `draws` below 1.
     """
     for name in mixers:
         if name not in MIXERS:
             raise InputError(f"There is no mixer {name!r} to measure. Choose among: {'; '.join(MIXERS)}.")
+    _check_instances(instances)
     pairs = [(n, size) for n in instances for size in sizes if size >= n * spec.hidden_size]
     if not pairs:
         raise InputError(
@@ -128,6 +129,11 @@ def attention(
     return rows
 
 
+def _check_instances(instances: Sequence[int]) -> None:
+    if not instances or min(instances) < 1:
+        raise InputError(f"instances = {list(instances)} has nothing to measure. Give numbers of instances, each at least 1.")
+
+
 def norms(
     key: Array, *, instances: Sequence[int] = (1, 2, 4, 8), spec: Spec = SPEC, length: int = 8, draws: int = 3
 ) -> list[NormResidue]:
@@ -136,8 +142,9 @@ def norms(
     Args: as `attention`; the mixed row is `D = N d` wide.
 
     Raises:
-      InputError: `draws` below 1.
+      InputError: no `N` or one below 1, or `draws` below 1.
     """
+    _check_instances(instances)
     rows = []
     for n in instances:
         found = [_norms_once(k, theory.mixed_spec(spec, n), n, spec, length) for k in _keys(key, draws)]

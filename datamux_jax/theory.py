@@ -160,8 +160,10 @@ def mixed_spec(spec: Spec, instances: int, hidden_size: int = 0) -> Spec:
     """Sizes of the layer that computes `instances` layers of the given sizes; `hidden_size` 0 means `N * d`, the least possible.
 
     Raises:
-      InputError: `hidden_size` is less than `N * d`, or not divisible by the `N * H` heads.
+      InputError: no instances, or `hidden_size` is less than `N * d` or not divisible by the `N * H` heads.
     """
+    if instances < 1:
+        raise InputError(f"instances = {instances}, but a mixed row holds at least one. Give 1 or more.")
     heads, least = instances * spec.num_heads, instances * spec.hidden_size
     size = hidden_size or least
     if size < least or size % heads:
@@ -204,13 +206,15 @@ def attention_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str, d
     `1 / sqrt(head_dim)` became too small.
 
     Args:
-      single: parameters of `layers.Attention` for one instance, unboxed: kernels `[d, H, d / H]` and `[d / H, H, d]` with biases.
+      single: parameters of `layers.Attention` or `nn.MultiHeadDotProductAttention` for one instance: kernels `[d, H, d / H]` and
+        `[H, d / H, d]` (`out`), with biases or without.
       places: where the instances live.
       spec: of the mixed layer, as `mixed_spec` gives it.
 
     Raises:
       InputError: widths or heads do not fit together.
     """
+    single = nn.unbox(single)
     _fit(single, places, spec)
     dtype = single["query"]["kernel"].dtype
     instances = len(places.read_NxdxD)
@@ -222,7 +226,8 @@ def attention_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str, d
         return jnp.asarray(np.pad(x, padding), dtype)
 
     def reader(weights: Mapping[str, Array], scale: float) -> dict[str, Array]:
-        kernel, bias = (scale * np.asarray(weights[name], np.float64) for name in ("kernel", "bias"))
+        kernel = scale * np.asarray(weights["kernel"], np.float64)
+        bias = scale * np.asarray(weights.get("bias", np.zeros(kernel.shape[1:])), np.float64)
         kernels = np.einsum("nde,dhk->enhk", places.read_NxdxD, kernel)
         return {
             "kernel": wide(kernels.reshape(spec.hidden_size, spec.num_heads, head_dim), -1),
@@ -237,7 +242,7 @@ def attention_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str, d
         "value": reader(single["value"], 1.0),
         "out": {
             "kernel": wide(kernels.reshape(spec.num_heads, head_dim, spec.hidden_size), 1),
-            "bias": _written(single["out"]["bias"], places),
+            "bias": _written(single["out"].get("bias", np.zeros(out.shape[-1], dtype)), places),
         },
     }
 
@@ -251,14 +256,14 @@ def block_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str, Any]:
     """Parameters of one `PlainBlock` of sizes `spec` that computes `N` of them: attention, residual, GELU MLP, residual.
 
     Args:
-      single: parameters of a `layers.Block` or `PlainBlock` for one instance, unboxed; LayerNorms are left out.
+      single: parameters of a `layers.Block` or `PlainBlock` for one instance; LayerNorms are left out.
       places: where the instances live.
       spec: of the mixed block, as `mixed_spec` gives it.
 
     Raises:
       InputError: widths, heads or units of the MLP do not fit together.
     """
-    instances = len(places.read_NxdxD)
+    single, instances = nn.unbox(single), len(places.read_NxdxD)
     units = single["mlp_in"]["bias"].shape[-1]
     if spec.mlp_dim != instances * units:
         raise InputError(
@@ -287,14 +292,14 @@ def normed_block_weights(single: Any, places: Subspaces, spec: Spec) -> dict[str
     """Parameters of one `InstanceNormBlock` of sizes `spec` that computes `N` post-LN blocks `layers.Block`.
 
     Args:
-      single: parameters of a `layers.Block` for one instance, unboxed; its LayerNorms are kept.
+      single: parameters of a `layers.Block` for one instance; its LayerNorms are kept.
       places: where the instances live, in orthogonal subspaces of the mixed row.
       spec: of the mixed block, as `mixed_spec` gives it.
 
     Raises:
       InputError: widths, heads or units of the MLP do not fit together, or the subspaces are not orthogonal.
     """
-    columns = np.concatenate(places.write_NxDxd, axis=1)
+    single, columns = nn.unbox(single), np.concatenate(places.write_NxDxd, axis=1)
     gram = columns.T @ columns
     overlap = np.abs(gram - np.diag(np.diag(gram))).max() / np.diag(gram).min()
     if overlap > 1e-5:

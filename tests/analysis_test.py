@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from datamux_jax import analysis, scoring, sharding, workdir
-from datamux_jax.analysis import companions, layerwise, parts, pictures, points, tables
+from datamux_jax.analysis import companions, layerwise, parts, pictures, points, tables, written
 from datamux_jax.build import build_generator
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError
@@ -272,8 +272,13 @@ def test_interference_of_any_function():
     assert len(lost["similarity_per_slot"]) == len(lost["changed_per_slot"]) == 4
     with pytest.raises(InputError, match=r"gave shape \[32, 6\] for inputs \[32, 4, 6\]"):
         analysis.interference_of(lambda x: x[:, 0], x, instances=4)
-    with pytest.raises(InputError, match="50 examples leave nothing to compare"):
-        analysis.interference_of(lambda x: x, x, instances=1)
+    for instances in (1, 26):  # Of 26 there are 51 others at least, so that companions differ.
+        with pytest.raises(InputError, match="50 examples leave nothing to compare"):
+            analysis.interference_of(lambda x: x, x, instances=instances)
+    with pytest.raises(InputError, match=r"gave shape \[64, 4, 6\] for inputs \[32, 4, 6\]"):
+        analysis.interference_of(lambda x: np.concatenate([x, x]), x, instances=4)
+    with pytest.raises(InputError, match="groups = 0"):
+        analysis.interference_of(lambda x: x, x.tolist(), instances=4, groups=0)
 
 
 @pytest.fixture(scope="module")
@@ -328,22 +333,42 @@ def test_texts_have_all_parts(text_run, tmp_path, capsys):
     assert sum(contents["retrieval"]["counts"]) % 2 == 0  # Two groupings of the same examples.
 
 
+def deeper(run):
+    """The run, as one of a network with one more layer."""
+    config = run.config.copy_and_resolve_references()
+    config.model.num_layers += 1
+    return dataclasses.replace(run, config=config)
+
+
+def test_layers_of_another_network_beside_are_not_compared(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(written, "load_run", lambda path: deeper(load_run(path)) if path.name == "n1" else load_run(path))
+    contents = analysis.analyze(family / "n2", output=tmp_path, examples=20, companions=2)
+    assert contents["layers"]["not_against"] == f"{family / 'n1'} has other layers."
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"companions": 1}, "companions = 1 is too few"),
         ({"examples": 1}, "There are 1 examples"),
+        ({"examples": 3}, "There are 3 examples, .* at least 4"),
         ({"split": "dev"}, "'dev' does not exist"),
         ({"against": "n2"}, "is a run with N = 2"),
         ({"against": "other"}, "reads other inputs"),
+        ({"against": "deep"}, "has other layers than .*'encoder' with 2 layers beside 'encoder' with 1"),
         ({"against": "nothing"}, "is not the folder of a run"),
         ({"output": "n1/config.json"}, "this is a file"),
         ({"path": "experiment"}, "is an experiment of several runs"),
     ],
 )
-def test_what_cannot_be_done_is_refused(family, text_run, options, message, tmp_path):
+def test_what_cannot_be_done_is_refused(family, text_run, options, message, tmp_path, monkeypatch):
     places = {name: family / name for name in ("n2", "n1/config.json")}
-    places |= {"other": text_run, "nothing": family / "n3", "experiment": family}
+    if options.get("against") == "deep":
+        monkeypatch.setattr(
+            written, "load_run", lambda path: deeper(load_run(family / "n1")) if path.name == "deep" else load_run(path)
+        )
+    (family / "deep").mkdir(exist_ok=True)
+    places |= {"deep": family / "deep", "other": text_run, "nothing": family / "n3", "experiment": family}
     given = {"path": family / "n2", "output": tmp_path / "out"} | {name: places.get(x, x) for name, x in options.items()}
     with pytest.raises(InputError, match=message):
         analysis.analyze(**given)

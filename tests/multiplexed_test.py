@@ -1,6 +1,7 @@
 """`Multiplexed` around any Flax module, and groups of flat batches."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
@@ -157,10 +158,44 @@ def test_arguments_streams_and_collections_reach_the_backbone():
     assert ((full[:, 0] == 0) != (full[:, 1] == 0)).any()  # Dropout of the head is drawn for each instance.
 
 
+class Dropping(nn.Module):
+    """A head that reads `train`."""
+
+    @nn.compact
+    def __call__(self, z, train=False):
+        return nn.Dropout(0.5, deterministic=not train)(z)
+
+
+@pytest.mark.parametrize("backbone", [Busy(), Flat()])
+def test_flags_reach_every_part_that_has_them(backbone):
+    x = images(3, 2, 6)
+    rngs = {"dropout": jax.random.key(3)}
+    model = wrapped(backbone, head=Dropping())
+    variables = model.init(jax.random.key(1), x)
+
+    def dropped(train):
+        y = model.apply(variables, x, train=train, rngs=rngs, mutable=["batch_stats"])[0]
+        return float((y == 0).mean())
+
+    assert dropped(False) < 0.01
+    assert 0.2 < dropped(True) < 0.9
+    sequential = wrapped(Flat(), head=nn.Sequential([nn.Dense(4)]))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'train'"):  # Nobody has it.
+        sequential.init(jax.random.key(1), x, train=True)
+
+
 class Tuple(nn.Module):
     @nn.compact
     def __call__(self, x):
         return x, x
+
+
+class Fails(nn.Module):
+    how: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.how(x)
 
 
 class OneRow(nn.Module):
@@ -185,7 +220,23 @@ class OneRow(nn.Module):
         (
             wrapped(nn.Conv(2, (3, 3)), mixer=mixing.GaussianHadamard()),
             (3, 2, 5),
-            r"mux GaussianHadamard made of inputs .*shape \[5\] a mixed input of shape \[3, 5\], which the backbone Conv does not take",
+            r"backbone Conv failed on input of shape \[3, 5\], which the mux GaussianHadamard made of inputs .*shape \[5\]: .*If it",
+        ),
+        *(
+            (wrapped(Fails(how)), (3, 2, 5), rf"backbone Fails failed on input of shape \[3, 5\], .*: {error}: .* choose a mux")
+            for how, error in (
+                (lambda x: x[:, :, 0], "IndexError"),
+                (lambda x: x.shape[3], "IndexError"),
+                (lambda x: x.swapaxes(1, 2), "(Value|Index)Error"),
+                (lambda x: nn.max_pool(x, (2, 2)), "AssertionError"),
+                (lambda x: jnp.einsum("bhwc->bc", x), "ValueError"),
+                (lambda x: x.reshape(7, -1), "TypeError"),
+            )
+        ),
+        (
+            wrapped(Flat(), head=Fails(lambda z: z[:, :, 0])),
+            (3, 2, 5),
+            r"head Fails failed on states .*\[3, 2, 8\].*IndexError",
         ),
         (wrapped(Tuple()), (3, 2, 5), r"backbone Tuple must keep the axis of groups.* it gave a tuple"),
         (wrapped(OneRow()), (3, 2, 5), r"backbone OneRow must .* it got \[3, 5\].* but it gave shape \[5\]"),
@@ -198,7 +249,7 @@ class OneRow(nn.Module):
         (wrapped(Flat(), mixer=image_mixing.Gaussian()), (3, 2, 5), r"Gaussian takes images \[groups, N, height, width\]"),
         (wrapped(Flat(), mixer=image_mixing.Remap()), (3, 2, 5, 5), r"Remap .* 5x5 pixels"),
         (wrapped(Flat(), mixer=mixing.BinaryHadamard()), (3, 2, 1), r"2 instances a chunk of 1 numbers"),
-        (wrapped(Flat(), head=nn.Conv(2, (3, 3, 3))), (3, 2, 5), r"head Conv does not take unmixed states.* shape \[3, 2, 8\]"),
+        (wrapped(Flat(), head=nn.Conv(2, (3, 3, 3))), (3, 2, 5), r"head Conv failed on states of all.* shape \[3, 2, 8\]"),
     ],
 )
 def test_errors_say_which_shape_was_expected_where(model, shape, message):
@@ -212,10 +263,25 @@ def test_what_is_not_about_shapes_is_left_as_it_is():
             wrapped(Flat()).init(jax.random.key(0), jnp.zeros((3, 2, 5)), **{wrong: True})
 
 
+class OwnError(ValueError):
+    pass
+
+
+def test_errors_of_a_modules_own_keep_their_type_and_say_where():
+    def refuse(_):
+        raise OwnError("Set vocab_size in the config")
+
+    with pytest.raises(OwnError, match="Set vocab_size") as caught:
+        wrapped(Fails(refuse)).init(jax.random.key(0), jnp.zeros((3, 2, 5)))
+    assert caught.value.__notes__[0].startswith(
+        "The backbone Fails was fed input of shape [3, 5], which the mux GaussianHadamard made"
+    )
+
+
 def test_other_shapes_than_at_first_are_refused_when_applied():
     model = wrapped(Flat())
     variables, _ = fresh(model, images())
-    with pytest.raises(InputError, match=r"mux GaussianHadamard does not take inputs shape \[3, 2, 5, 5\]"):
+    with pytest.raises(InputError, match=r"mux GaussianHadamard failed on inputs of shape \[3, 2, 5, 5\]"):
         model.apply(variables, images(3, 2, 5, 5))
     with pytest.raises(InputError, match="mixes 2 instances"):
         model.apply(variables, images(3, 3))
@@ -241,6 +307,7 @@ def test_groups_and_back(count):
 
 
 def test_groups_of_nothing_and_other_counts_are_refused():
+    assert datamux_jax.group([1, 2, 3], 2).tolist() == [[1, 2], [3, 1]]
     for x, n in ((np.zeros((0, 2)), 2), (np.zeros((3, 2)), 0), (np.float32(1), 1)):
         with pytest.raises(InputError, match=re.escape(f"shape {list(x.shape)} makes no groups of {n}")):
             datamux_jax.group(x, n)

@@ -71,6 +71,18 @@ def test_one_attention_computes_n_attentions(dtype, case):
         np.testing.assert_allclose(found, s.apart(Attention(s.spec), single, mask), rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_weights_of_flax_attention_fit(use_bias):
+    s = setting()
+    single = nn.MultiHeadDotProductAttention(
+        2, use_bias=use_bias, kernel_init=nn.with_partitioning(nn.linear.default_kernel_init, (None,))
+    )
+    boxed = single.init(jax.random.key(0), s.z[:, 0])["params"]
+    expected = jax.vmap(lambda z: single.apply({"params": nn.unbox(boxed)}, z), in_axes=1, out_axes=1)(s.z)
+    found = s.together(Attention(s.mixed), theory.attention_weights(boxed, s.places, s.mixed))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_stacks_of_blocks_without_norm_are_exact(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -188,5 +200,11 @@ def test_what_does_not_fit_is_refused():
         theory.normed_block_weights(weights(Block(s.spec), s.spec), overlapping, s.mixed)
     with pytest.raises(InputError, match="no mixer 'ortho' to measure"):
         residue.attention(jax.random.key(0), mixers=("ortho",))
+    with pytest.raises(InputError, match="instances = 0, but a mixed row holds at least one"):
+        theory.mixed_spec(SPEC, 0)
+    for measure in (residue.attention, residue.norms):
+        for instances in ((), (2, 0)):
+            with pytest.raises(InputError, match="has nothing to measure"):
+                measure(jax.random.key(0), instances=instances)
     with pytest.raises(InputError, match="Use a size of at least 16"):
         residue.attention(jax.random.key(0), instances=(2,), sizes=(8,))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from datamux_jax import sharding
-from datamux_jax.analysis.parts import check_part, rotations
+from datamux_jax.analysis.parts import check_part, least_examples, rotations
 from datamux_jax.analysis.readings import Reading, reader
 from datamux_jax.data.pipeline import Arrays, eval_batches
 from datamux_jax.errors import InputError
@@ -28,7 +28,7 @@ def interference(run: Run, arrays: Arrays, *, companions: int = 10, label: str =
 
     Args:
       run: a loaded run with N > 1.
-      arrays: examples, as `examples_of` gives them; at least N.
+      arrays: examples, as `examples_of` gives them; at least 2N.
       companions: `K`, sets of companions of each example in each slot; at least 2.
       label: of the progress line.
 
@@ -88,7 +88,7 @@ def interference_of(
 
     Args:
       apply: takes groups `[B, N, ...]`, returns a vector for each instance, `[B, N, C]`: `jax.jit(lambda x: model.apply(params, x))`.
-      inputs: examples `[M, ...]`, at least N and 2.
+      inputs: examples `[M, ...]`, at least 2N.
       instances: `N`, at least 2.
       companions: `K`, sets of companions of each example in each slot; at least 2.
       groups: `B` of every call.
@@ -97,14 +97,17 @@ def interference_of(
       `similarity`, `chance` and, of the largest of the `C` numbers, `changed`, each as a mean and `NAME_per_slot`; see `interference`.
 
     Raises:
-      InputError: fewer than 2 instances or sets of companions, too few examples, or outputs of another shape.
+      InputError: fewer than 2 instances or sets of companions, too few examples, no groups, or outputs of another shape.
     """
-    examples = len(inputs)
-    if min(instances, companions) < 2 or examples < instances:
+    inputs = np.asarray(inputs)
+    examples = len(inputs) if inputs.ndim else 0
+    if min(instances, companions) < 2 or examples < least_examples(instances):
         raise InputError(
             f"instances = {instances}, companions = {companions} and {examples} examples leave nothing to compare. Give 2 or more of "
-            "the first two, and at least as many examples as instances."
+            "the first two, and at least twice as many examples as instances, so that companions differ."
         )
+    if groups < 1:
+        raise InputError(f"groups = {groups}, but a call takes at least one group. Give 1 or more.")
     total: np.ndarray | None = None
     guesses: list[np.ndarray] = []
     for draw in range(companions):
@@ -112,12 +115,13 @@ def interference_of(
         parts = []
         for start in range(0, examples, groups):
             rows = order[np.arange(start, start + groups) % examples]  # One shape: the last call begins again.
-            parts.append(np.asarray(apply(inputs[rows]), np.float32)[: examples - start])
-            if parts[-1].ndim != 3 or parts[-1].shape[1] != instances:
+            out = np.asarray(apply(inputs[rows]), np.float32)
+            if out.ndim != 3 or out.shape[:2] != rows.shape:
                 raise InputError(
-                    f"The function gave shape {list(parts[-1].shape)} for inputs {[groups, instances, *inputs.shape[1:]]}, but a "
+                    f"The function gave shape {list(out.shape)} for inputs {[groups, instances, *inputs.shape[1:]]}, but a "
                     f"vector for each instance is compared, [{groups}, {instances}, C]. Flatten or average what it gives."
                 )
+            parts.append(out[: examples - start])
         found = np.concatenate(parts)
         total = np.zeros_like(found) if total is None else total
         total[order, np.arange(instances)] += _units(found)

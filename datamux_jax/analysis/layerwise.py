@@ -46,6 +46,12 @@ def layer_statistics(run: Run, arrays: Arrays, *, groupings: int = 1, label: str
     return {name: (total / count).tolist() for name, (total, count) in totals.items()}
 
 
+def layers_of(run: Run) -> tuple[str, int]:
+    """The kind of a run's layers and their number: what two runs must share whose layers are compared."""
+    kind = run.config.model.backbone
+    return kind, 0 if kind == "lenet" else run.config.model.num_layers
+
+
 def image_layer_sums(model: Network, params: Any, batch: Any) -> Sums:
     """The sums of `layer_statistics` over a batch of images, of the backbone's layers in order, each `[layers]`."""
     kept = kept_of(model, params, batch, lambda module, method: isinstance(module, nn.Conv | nn.Dense) and method == "__call__")
@@ -75,7 +81,8 @@ def summed(by_layer: Sequence[dict[str, jax.Array]], weight: jax.Array) -> Sums:
 
 
 def size_of(x: jax.Array) -> dict[str, jax.Array]:
-    """Norm and magnitude of activations, over the last axis."""
+    """Norm and magnitude of activations, over the last axis, in float32."""
+    x = x.astype(jnp.float32)
     return {"norm": jnp.linalg.norm(x, axis=-1), "magnitude": jnp.abs(x).mean(-1)}
 
 
@@ -105,11 +112,11 @@ def of_layer(x_BxLxD: jax.Array, weights_BxHxLxL: jax.Array) -> dict[str, jax.Ar
       x_BxLxD: output of the layer.
       weights_BxHxLxL: its attention weights, `[B, heads, query, key]`.
     """
-    x, weights = x_BxLxD.astype(jnp.float32), weights_BxHxLxL.astype(jnp.float32)
+    weights = weights_BxHxLxL.astype(jnp.float32)
     # A key that no head gives any weight is masked: softmax leaves something everywhere else.
     allowed = (weights > 0).any(1).sum(-1)
     return {
-        **size_of(x),
+        **size_of(x_BxLxD),
         "entropy": entr(weights).sum(-1).mean(1),
         "largest_entropy": jnp.log(allowed),
     }

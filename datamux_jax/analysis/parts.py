@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from datamux_jax import metrics, scoring
@@ -41,16 +43,21 @@ def check_part(run: Run, part: str, arrays: Arrays) -> None:
     """
     if part in left_out(run):
         raise _without(run, part)
-    check_examples(run, len(arrays["inputs"]))
+    check_examples(run, len(arrays["inputs"]), [part])
 
 
-def check_examples(run: Run, count: int) -> None:
-    """Raises InputError unless `count` examples fill a group, and are two at least, so that there is something to compare."""
-    least = max(run.config.num_instances, 2)
-    if count < least:
+def least_examples(instances: int, parts: Collection[str] = PARTS) -> int:
+    """How many examples the parts need: two, a group, and for interference enough that companions differ from draw to draw."""
+    return max(instances * (2 if "interference" in parts else 1), 2)
+
+
+def check_examples(run: Run, count: int, parts: Collection[str] = PARTS) -> None:
+    """Raises InputError unless there are `least_examples`."""
+    instances = run.config.num_instances
+    if count < (least := least_examples(instances, parts)):
         raise InputError(
-            f"There are {count} examples, but an analysis of N = {run.config.num_instances} instances compares different ones in a "
-            f"group and needs at least {least}. Raise examples, or choose a larger split."
+            f"There are {count} examples, but an analysis of N = {instances} instances compares different ones in a group, with "
+            f"different companions, and needs at least {least}. Raise examples, or choose a larger split."
         )
 
 
@@ -69,7 +76,7 @@ def rotations(examples: int, instances: int, rng: np.random.Generator) -> np.nda
     """Random groups in which every example stands once in every slot, and never beside itself: row numbers `[examples, N]`.
 
     The examples in a random order, moved on by another random number for each slot: the companions of any example in any slot are
-    a random set of the others.
+    a random set of the others. Of N examples it would always be all of the others; of 2N there are many sets.
     """
     order = rng.permutation(examples)
     shifts = rng.choice(examples, instances, replace=False)

@@ -9,7 +9,7 @@ from typing import Any
 from datamux_jax import saved, workdir
 from datamux_jax.analysis import pictures, tables
 from datamux_jax.analysis.companions import interference
-from datamux_jax.analysis.layerwise import layer_statistics
+from datamux_jax.analysis.layerwise import layer_statistics, layers_of
 from datamux_jax.analysis.parts import PARTS, check_examples, left_out
 from datamux_jax.analysis.points import Points, projection
 from datamux_jax.analysis.positions import retrieval_by_position
@@ -111,7 +111,7 @@ def _plain(run: Run, against: Path | None) -> tuple[Run | None, str]:
     """The N = 1 run to compare with, or why there is none.
 
     Raises:
-      InputError: the run that was asked for has N > 1, or reads something else.
+      InputError: the run that was asked for has N > 1, reads something else, or has other layers.
     """
     if against is None:
         if run.config.num_instances == 1:
@@ -122,7 +122,9 @@ def _plain(run: Run, against: Path | None) -> tuple[Run | None, str]:
                 f"no trained one with objective = {run.config.objective!r} stands in the same experiment. Name one with --against."
             )
         plain = load_run(found)
-        return (None, f"{found} reads other inputs.") if _inputs(plain) != _inputs(run) else (plain, "")
+        if _inputs(plain) != _inputs(run):
+            return None, f"{found} reads other inputs."
+        return (plain, "") if layers_of(plain) == layers_of(run) else (None, f"{found} has other layers.")
     plain = load_run(against)
     if _inputs(plain) != _inputs(run):
         raise InputError(
@@ -133,6 +135,12 @@ def _plain(run: Run, against: Path | None) -> tuple[Run | None, str]:
         raise InputError(
             f"--against={against} is a run with N = {plain.config.num_instances}, but layers are compared with those of a plain "
             "network. Name a run with N = 1, or leave the flag out."
+        )
+    if layers_of(plain) != layers_of(run):
+        (kind, count), (own, number) = layers_of(plain), layers_of(run)
+        raise InputError(
+            f"--against={against} has other layers than {run.path}: model.backbone = {kind!r} with {count or 'its own'} layers beside "
+            f"{own!r} with {number or 'its own'}. They are compared one by one: name an N = 1 run of the same depth."
         )
     return plain, ""
 
