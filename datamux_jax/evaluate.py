@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +25,28 @@ def examples_of(run: Run, split: str, count: int) -> pipeline.Arrays:
     Raises:
       InputError: no such split, or the run reads something else than its source gives.
     """
-    config = run.config
-    fmt = pipeline.format_of(config, run.path)
-    if fmt != run.format:
+    return _examples(run.path, run.config, run.format, split, count)
+
+
+def _examples(path: Path, config: Any, read: pipeline.Format, split: str, count: int) -> pipeline.Arrays:
+    """As `examples_of`, of the run in `path` that reads the format `read`; needs no checkpoint."""
+    fmt = pipeline.format_of(config, path)
+    if fmt != read:
         raise InputError(
-            f"{run.path} does not read what its data source {config.data.source!r} gives: it was converted from a checkpoint, "
+            f"{path} does not read what its data source {config.data.source!r} gives: it was converted from a checkpoint, "
             "or trained with other versions of the data. Evaluate a run that was trained on that source."
         )
     splits = pipeline.splits_of(config, fmt)
     return scoring.first_examples(splits[choose(splits, split, "The split")], count)
+
+
+def fingerprint(arrays: pipeline.Arrays) -> str:
+    """Hexadecimal hash of examples: another one for other inputs, labels, order or number."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+        hashed.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.hexdigest()
 
 
 def evaluate(
@@ -113,7 +127,7 @@ def _groupings(
     if predictions is not None:
         check_predictions(predictions, config)
     arrays, fmt = examples_of(run, split, config.eval.examples), run.format
-    about = {"split": split, "examples": len(arrays["inputs"]), "groupings": groupings}
+    about = {"split": split, "examples": len(arrays["inputs"]), "fingerprint": fingerprint(arrays), "groupings": groupings}
     about |= {"step": run.step, "num_instances": config.num_instances}
     slots = config.num_instances if ensemble == 1 else 0  # Of an ensemble every example stood in several.
     scores = []
@@ -210,7 +224,11 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates the run in `path` and writes `metrics.json` there; other settings than those of its config get a file of their own.
 
-    An evaluation that is on disk already, of the same step, is returned as it is, unless predictions are asked for.
+    An evaluation that is on disk already is returned as it is, unless predictions are asked for: one of the same step, done in the same
+    way on examples that are still the same.
+
+    Raises:
+      InputError: as `evaluate`, or the data are gone.
     """
     config = workdir.load_config(path)
     split, groupings = split or config.eval.split, groupings or config.eval.groupings
@@ -220,7 +238,15 @@ def evaluate_run(
         if not file.exists() or predictions is not None:
             return None
         old = workdir.read_json(file)
-        return old if old.get("step") == saved.chosen_step(path, config) else None
+        usual = {"step": saved.chosen_step(path, config), "split": split, "groupings": groupings}
+        usual |= {"every_slot": config.eval.every_slot} if ensemble == 1 else {}
+        if any(old.get(name) != value for name, value in usual.items()) or "fingerprint" not in old:
+            return None
+        arrays = _examples(path, config, pipeline.Format.load(path), split, config.eval.examples)
+        if old["fingerprint"] != fingerprint(arrays):
+            return None
+        print(f"{label}  step {old['step']} was scored before on the same examples: the numbers are those of {file}", flush=True)
+        return old
 
     if old := distributed.from_primary(before):
         return old

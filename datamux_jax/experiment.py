@@ -129,6 +129,7 @@ def run(
                 raise InputError(
                     f"baseline = {config.baseline!r} reads texts, but data.source = {one.data.source!r} has none. Drop it."
                 )
+    scores: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         if config.runs:
             distributed.on_primary(lambda: stack.enter_context(workdir.claimed(folder, config, needed)))
@@ -136,8 +137,8 @@ def run(
             distributed.stop_if_asked(f"before {name or 'training'}")
             train(one, folder / name, label=name or "train", profile=profile)
             distributed.stop_if_asked(f"before the evaluation of {name or folder}")
-            evaluate_run(folder / name, label=f"{name} evaluate".strip())
-        return compare(folder)
+            scores[name] = evaluate_run(folder / name, label=f"{name} evaluate".strip())
+        return compare(folder, scored=scores)
 
 
 def _check_sources(plan: Plan, run: Path, waiting: Mapping[Path, Any]) -> None:
@@ -161,7 +162,14 @@ def _check_sources(plan: Plan, run: Path, waiting: Mapping[Path, Any]) -> None:
         distill.check_task(config, teacher)
 
 
-def compare(folder: Path, *, split: str = "", groupings: int = 0, predictions: Path | None = None) -> dict[str, Any]:
+def compare(
+    folder: Path,
+    *,
+    split: str = "",
+    groupings: int = 0,
+    predictions: Path | None = None,
+    scored: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Evaluates all runs of the experiment (or the single run) in `folder`, measures what is missing, writes the report.
 
     Args:
@@ -169,6 +177,7 @@ def compare(folder: Path, *, split: str = "", groupings: int = 0, predictions: P
       split: to evaluate on; default: the config's.
       groupings: of the evaluation; default: the config's.
       predictions: file to write those of a single run to; none by default.
+      scored: what `evaluate_run` gave of runs just now.
 
     Raises:
       InputError: no such folder or split, a run without a checkpoint, or predictions that cannot be written.
@@ -179,12 +188,19 @@ def compare(folder: Path, *, split: str = "", groupings: int = 0, predictions: P
         check_predictions(predictions, config)
     names = list(config.runs) or [""]
     options: dict[str, Any] = {"split": split, "groupings": groupings, "predictions": predictions}
-    scores = {name: evaluate_run(folder / name, label=f"{name} evaluate".strip(), **options) for name in names}
+    fresh = {
+        name: score for name, score in (scored or {}).items() if (score["split"], score["groupings"]) == (split, groupings)
+    }
+    scores = {
+        name: fresh[name] if name in fresh else evaluate_run(folder / name, label=f"{name} evaluate".strip(), **options)
+        for name in names
+    }
     configs = {name: workdir.load_config(folder / name) for name in names}
     measured = _measured(folder, config, configs, {name: score["step"] for name, score in scores.items()})
     contents = {"throughput": measured["throughput"]}
     if config.baseline:
-        contents["baseline"] = _baseline(folder, config, configs, measured, split)
+        data = next(iter(scores.values()))["fingerprint"]
+        contents["baseline"] = _baseline(folder, config, configs, measured, split, data)
     result: dict[str, Any] = {}
 
     def write() -> None:
@@ -240,10 +256,13 @@ def _measured(folder: Path, config: Any, configs: Mapping[str, Any], steps: Mapp
     return measured
 
 
-def _baseline(folder: Path, config: Any, configs: Mapping[str, Any], measured: dict[str, Any], split: str) -> dict[str, Any]:
-    """The plain baseline on `split`, fitted once."""
-    if split not in measured["baseline"]:
+def _baseline(
+    folder: Path, config: Any, configs: Mapping[str, Any], measured: dict[str, Any], split: str, data: str
+) -> dict[str, Any]:
+    """The plain baseline on `split`, fitted once, while its examples have the fingerprint `data`."""
+    key = f"{split} {data}"
+    if key not in measured["baseline"]:
         print(f"baseline  {config.baseline}: fitting", flush=True)
-        measured["baseline"][split] = BASELINES[config.baseline](next(iter(configs.values())), split)
+        measured["baseline"][key] = BASELINES[config.baseline](next(iter(configs.values())), split)
         distributed.on_primary(lambda: workdir.write_json(folder / MEASURED, measured))
-    return measured["baseline"][split]
+    return measured["baseline"][key]

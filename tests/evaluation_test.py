@@ -387,3 +387,48 @@ def test_runs_are_evaluated_as_ensembles(digits_run, capsys, tmp_path):
         experiment.ensembles(tmp_path / "run", 3)
     with pytest.raises(InputError, match="objective = 'retrieval' has none"):
         check_ensemble(2, small_config(objective="retrieval"))
+
+
+def test_scores_on_disk_are_those_of_the_same_examples_scored_in_the_same_way(digits_run, capsys, monkeypatch, tmp_path):
+    folder = shutil.copytree(digits_run, tmp_path / "run")
+    again = "scored before on the same examples: the numbers are those of"
+    found = evaluate_run(folder)
+    assert again not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score", lambda *args, **kwargs: pytest.fail("scored again"))
+        assert evaluate_run(folder) == found
+    assert f"{again} {folder / 'metrics.json'}" in capsys.readouterr().out
+
+    fmt, splits = pipeline.load(load_run(folder).config)
+    other = {**splits, "test": {**splits["test"], "label": np.roll(splits["test"]["label"], 1)}}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "splits_of", lambda *args: other)
+        changed = evaluate_run(folder)
+        assert (changed["accuracy"], changed["fingerprint"]) != (found["accuracy"], found["fingerprint"])
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "format_of", lambda *args: (_ for _ in ()).throw(InputError("The data are gone.")))
+        with pytest.raises(InputError, match="gone"):
+            evaluate_run(folder)
+    assert evaluate_run(folder) == found
+
+    config = workdir.read_json(folder / "config.json")
+    for key, value in {"every_slot": True, "examples": 50}.items():
+        config["eval"][key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+        capsys.readouterr()
+        assert evaluate_run(folder) != found
+        assert again not in capsys.readouterr().out
+
+    old = {name: value for name, value in evaluate_run(folder).items() if name != "fingerprint"}  # Of an earlier version.
+    (folder / "metrics.json").write_text(json.dumps(old | {"accuracy": 2.0}))
+    assert evaluate_run(folder)["accuracy"] <= 1
+
+
+def test_the_baseline_is_fitted_again_on_other_data(monkeypatch, tmp_path):
+    fitted = []
+    monkeypatch.setitem(experiment.BASELINES, "plain", lambda config, split: fitted.append(split) or {"accuracy": len(fitted)})
+    measured = {"baseline": {}}
+    config = small_config()
+    config.baseline = "plain"
+    found = [experiment._baseline(tmp_path, config, {"": config}, measured, "test", data) for data in ("a", "a", "b")]
+    assert [one["accuracy"] for one in found] == [1, 1, 2]
