@@ -245,7 +245,9 @@ def evaluate_run(
         arrays = _examples(path, config, pipeline.Format.load(path), split, config.eval.examples)
         if old["fingerprint"] != fingerprint(arrays):
             return None
-        print(f"{label}  step {old['step']} was scored before on the same examples: the numbers are those of {file}", flush=True)
+        print(
+            f"{label}  step {old['step']} was scored before on the same examples: the numbers are those of {file}", flush=True
+        )
         return old
 
     if old := distributed.from_primary(before):

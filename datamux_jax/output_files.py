@@ -1,7 +1,8 @@
 """Files of predictions, written window by window, that survive a kill at any moment: TSV, CSV, JSON lines and Parquet.
 
     OUT.partial     what is written so far (for Parquet as JSON lines, which can be appended to)
-    OUT.state.json  how much of it is good, what for, and whether it is finished; `counts`: what became of the rows, see `Tally`
+    OUT.state.json  how much of it is good, what for, and whether it is finished; `counts`: what became of the rows, see `Tally`;
+                    `input`: size and time of the input, and `digest`: of its rows, so that another input is not taken for it
     OUT             the complete file
 
 A window is appended and forced to the disk, then the state is replaced. What stands in the file behind the state is part of a
@@ -98,34 +99,39 @@ class OutputFile:
       path: of the file; its ending is a key of `FORMATS`.
       columns: of the file.
       settings: everything that decides its content; must be the same when it is continued.
+      source: what tells the input from what it was, as `stamp` says; None: nothing does, short of reading it.
 
     Attributes:
-      finished: the file is complete, and nothing is to be done.
+      finished: the file is complete: nothing is to be done, if the input is still what it was; see `stream.check_finished`.
 
     Raises:
       InputError: an unknown ending, a file that cannot be written, that is none of ours, that has other settings, or that another
         process is writing.
     """
 
-    def __init__(self, path: Path, columns: Columns, settings: Mapping[str, Any]) -> None:
-        self.path, self._columns = path, columns
+    def __init__(
+        self, path: Path, columns: Columns, settings: Mapping[str, Any], source: Mapping[str, int] | None = None
+    ) -> None:
+        self.path, self._columns, self._source = path, columns, source
         self._kind = check_output(path)
         self._partial = path.with_name(path.name + PARTIAL)
-        self._state_file = path.with_name(path.name + STATE)
+        self.state_file = path.with_name(path.name + STATE)
         self._settings = json.loads(json.dumps(settings))
         self.tally, self.digest, self.finished = Tally(), "", False
-        size = 0
-        if self._state_file.exists():
-            state = workdir.read_json(self._state_file)
+        self._written = 0
+        if self.state_file.exists():
+            state = workdir.read_json(self.state_file)
             _check_settings(path, state["settings"], self._settings, state["settings"].keys() | self._settings.keys())
-            self.tally, self.digest, size = Tally(**state["counts"]), state["digest"], state["bytes"]
+            self.tally, self.digest, self._written = Tally(**state["counts"]), state["digest"], state["bytes"]
             # Killed after the complete file got its name, before the state said so.
             self.finished = path.exists() and (state["finished"] or not self._partial.exists())
-        if self.finished:
-            self._save(size, finished=True)
-            self._partial.unlink(missing_ok=True)
-            return
-        self._handle = self._open(size)
+        if not self.finished:
+            self._handle = self._open(self._written)
+
+    def confirm(self) -> None:
+        """Says in the state of a finished file that it was made of the input as it is now."""
+        self._save(self._written, finished=True)
+        self._partial.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets go of the file; what was written stays, and can be gone on with."""
@@ -152,7 +158,7 @@ class OutputFile:
             handle.close()
             raise InputError(
                 f"{self._partial} has {there:,} bytes, but {size:,} were written. Restore it, or remove it with "
-                f"{self._state_file.name} to start anew."
+                f"{self.state_file.name} to start anew."
             )
         handle.truncate(size)
         self._save(size, finished=False)
@@ -193,9 +199,10 @@ class OutputFile:
             "counts": dataclasses.asdict(self.tally),
             "bytes": size,
             "digest": self.digest,
+            "input": self._source,
             "finished": finished,
         }
-        workdir.write_json(self._state_file, state)
+        workdir.write_json(self.state_file, state)
 
 
 def _check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str]) -> None:
@@ -207,16 +214,24 @@ def _check_settings(path: Path, old: Mapping[str, Any], new: Mapping[str, Any], 
         )
 
 
-def complete(path: Path, settings: Mapping[str, Any], model: str) -> Tally | None:
+def stamp(path: Path) -> dict[str, int]:
+    """What tells a file from what it was, without reading it."""
+    there = path.stat()
+    return {"bytes": there.st_size, "modified_ns": there.st_mtime_ns}
+
+
+def complete(path: Path, settings: Mapping[str, Any], model: str, source: Mapping[str, int] | None) -> Tally | None:
     """What a complete file holds; known before the model is loaded.
 
     Args:
       path: of the file.
       settings: as for `OutputFile`, those that are known without the model.
       model: the setting of this name, as it probably is.
+      source: as for `OutputFile`.
 
     Returns:
-      None if there is something to do, or to say, for which `OutputFile` needs the model.
+      None if there is something to do, or to say, or if the input has to be read to know that it is the same; all of this needs the
+      model.
 
     Raises:
       InputError: the file was begun with other `settings`.
@@ -227,7 +242,8 @@ def complete(path: Path, settings: Mapping[str, Any], model: str) -> Tally | Non
     state = workdir.read_json(state_file)
     _check_settings(path, state["settings"], settings, settings)
     whole = state["finished"] and path.exists() and not path.with_name(path.name + PARTIAL).exists()
-    return Tally(**state["counts"]) if whole and state["settings"]["model"] == model else None
+    same = source is not None and state.get("input") == source  # Earlier versions did not say.
+    return Tally(**state["counts"]) if whole and same and state["settings"]["model"] == model else None
 
 
 def check_output(path: Path) -> str:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import queue
-import threading
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from datamux_jax.background import background
 from datamux_jax.data.pipeline import Format
 from datamux_jax.data.tables import Row
 from datamux_jax.errors import InputError
 from datamux_jax.inference import Inference, Prediction, Window
-from datamux_jax.output_files import Output
+from datamux_jax.output_files import Output, OutputFile
 from datamux_jax.progress import Progress
 from datamux_jax.tally import Tally
 
@@ -32,7 +31,6 @@ COLUMNS = {
     "regression": {"value": "number"},
     "tagging": {"tags": "words"},
 }
-T = TypeVar("T")
 
 
 class Rows(Protocol):
@@ -160,8 +158,7 @@ def blocks(source: Rows, inference: Inference, fields: Fields, *, skip: int, dig
     number = characters = 0
     for row in source.rows():
         number = row.number
-        for value in (row.problem, *row.values.values()):
-            hashed.update(value.tobytes() if isinstance(value, np.ndarray) else f"{value!r}\n".encode("utf-8", "replace"))
+        _add(hashed, row)
         if number <= skip:
             if number == skip and hashed.hexdigest() != digest:
                 raise _changed(source, skip)
@@ -175,6 +172,36 @@ def blocks(source: Rows, inference: Inference, fields: Fields, *, skip: int, dig
         raise _changed(source, skip)
     if rows:
         yield _block(rows, inference, fields, source.position, hashed.hexdigest())
+
+
+def _add(hashed: hashlib.blake2b, row: Row) -> None:
+    for value in (row.problem, *row.values.values()):
+        hashed.update(value.tobytes() if isinstance(value, np.ndarray) else f"{value!r}\n".encode("utf-8", "replace"))
+
+
+def check_finished(source: Rows, output: OutputFile) -> None:
+    """Checks that a finished output is that of the rows of `source`, by reading them all; nothing is predicted.
+
+    Rows that were appended are not predicted either: who shares a row with whom would depend on where the input ended before.
+
+    Raises:
+      InputError: rows were changed, added or taken away.
+    """
+    rows = output.tally.rows
+    hashed, number = hashlib.blake2b(digest_size=16), 0
+    for row in source.rows():
+        number = row.number
+        if number > rows:
+            break
+        _add(hashed, row)
+    changed = number < rows or (rows > 0 and hashed.hexdigest() != output.digest)
+    if changed or number > rows:
+        problem = f"its first {rows:,} rows are no longer those" if changed else f"it has more than those {rows:,} rows now"
+        raise InputError(
+            f"--output={output.path} is complete, with {rows:,} rows, but {source.name} is another input: {problem}. Give another "
+            f"--output; or remove it with {output.state_file.name} to predict all rows anew. Nothing was changed."
+        )
+    output.confirm()
 
 
 def _characters(value: Any) -> int:
@@ -223,43 +250,6 @@ def _label_error(row: Row, inference: Inference, fields: Fields) -> str:
     if isinstance(label, list) and len(label) != len(words):
         return f"has {len(label)} labels for {len(words)} words"
     return ""
-
-
-def background(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The items, made in a thread that is at most `depth` items ahead; its errors are raised here."""
-    made: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(*entry: Any) -> None:
-        while not stop.is_set():
-            try:
-                made.put(entry, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(True, item)
-                if stop.is_set():
-                    return
-            put(False, None)
-        except BaseException as error:
-            put(False, error)
-
-    # A daemon: it may wait for standard input when the program ends.
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while True:
-            more, item = made.get()
-            if not more:
-                break
-            yield item
-    finally:
-        stop.set()
-    if item is not None:
-        raise item
 
 
 def predict_rows(

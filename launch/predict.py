@@ -6,7 +6,8 @@
 Input: TSV, CSV, JSON lines, Parquet or lines of text of any size, or - for standard input. Output: one row for each row of the
 input, in the same order, with its number, prediction, whether the text was longer than the model reads, and what is wrong with the
 row. A row that is wrong does not stop the others. Interrupted, the same command goes on where it was, and the file becomes the same,
-byte for byte. A tagger reads lists of words (JSON lines, Parquet) or words between spaces, and gives every word its tag.
+byte for byte. Given again after that, it says that the file is complete, or refuses if the input is another one by now. A tagger reads
+lists of words (JSON lines, Parquet) or words between spaces, and gives every word its tag.
 
 The last line says how many rows were read, predicted, cut, and damaged in which way; OUTPUT.state.json has the same numbers, as
 `counts`.
@@ -76,9 +77,10 @@ def main(argv: Sequence[str]) -> None:
     if INPUT.value != "-" and not Path(INPUT.value).is_file():
         raise InputError(f"--input={INPUT.value} cannot be read: it is no file. Check the path.")
     output = None if OUTPUT.value == "-" else Path(OUTPUT.value)
+    source = None if INPUT.value == "-" else output_files.stamp(Path(INPUT.value))  # A stream has to be read to be known.
     if output:
         output_files.check_output(output)
-        if done := output_files.complete(output, asked(), identity(Path(WORKDIR.value))):
+        if done := output_files.complete(output, asked(), identity(Path(WORKDIR.value)), source):
             print(f"{output} is complete: {done}")
             return
     from datamux_jax import stream
@@ -102,8 +104,9 @@ def main(argv: Sequence[str]) -> None:
             print(tally, file=sys.stderr)  # Standard output has the rows alone.
             return
         settings = asked() | {"model": inference.identity, "window": inference.window}
-        with output_files.OutputFile(output, columns, settings) as sink:
+        with output_files.OutputFile(output, columns, settings, source) as sink:
             if sink.finished:
+                stream.check_finished(rows, sink)
                 print(f"{output} is complete: {sink.tally}")
                 return
             print(f"{output}: {stream.predict_rows(inference, rows, sink, fields, **how)}")

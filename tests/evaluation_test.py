@@ -399,7 +399,7 @@ def test_scores_on_disk_are_those_of_the_same_examples_scored_in_the_same_way(di
         assert evaluate_run(folder) == found
     assert f"{again} {folder / 'metrics.json'}" in capsys.readouterr().out
 
-    fmt, splits = pipeline.load(load_run(folder).config)
+    splits = pipeline.load(load_run(folder).config)[1]
     other = {**splits, "test": {**splits["test"], "label": np.roll(splits["test"]["label"], 1)}}
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "splits_of", lambda *args: other)

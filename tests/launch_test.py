@@ -94,14 +94,35 @@ def test_predict_reads_lines_and_never_overwrites(text_run, tmp_path):
     assert [row[5] for row in rows] == ["guten Morgen", "", "bonjour"]
     assert rows[1][:5] == ["2", "", "", "", "has no text in the column 'text'"]
     before = output.read_bytes()
-    # What is complete needs no network, so that it is known before one is loaded.
-    for params in (workdir / "checkpoints").glob("*/params"):
-        shutil.rmtree(params)
-    again = run("predict", *flags, stdin="hello\n")
+    again = run("predict", *flags, stdin="guten Morgen\n\nbonjour\n")
     assert (again.returncode, again.stdout) == (0, f"{output} is complete: 3 rows{first.stdout.partition(': 3 rows')[2]}")
+    assert_refused(run("predict", *flags, stdin="hello\n"), "is another input: its first 3 rows are no longer those")
     assert_refused(run("predict", *flags, "--ensemble=2", stdin="hello\n"), "ensemble: 1 there, 2 now")
     (tmp_path / "out.tsv.state.json").unlink()
     assert_refused(run("predict", *flags, stdin="hello\n"), "exists and is not overwritten")
+    assert output.read_bytes() == before
+
+
+def test_a_complete_output_looks_at_its_input_again(text_run, tmp_path):
+    workdir = shutil.copytree(text_run, tmp_path / "run")
+    source, output = tmp_path / "in.txt", tmp_path / "out.tsv"
+    source.write_text("guten Morgen\nbonjour\n")
+    flags = [f"--workdir={workdir}", f"--input={source}", f"--output={output}"]
+    assert run("predict", *flags).returncode == 0
+    state = output.with_name("out.tsv.state.json")
+    old = {key: value for key, value in json.loads(state.read_text()).items() if key != "input"}  # Of an earlier version.
+    state.write_text(json.dumps(old))
+    before = output.read_bytes()
+    assert f"{output} is complete: 2 rows read" in run("predict", *flags).stdout
+    with source.open("a") as handle:
+        handle.write("buongiorno\n")
+    assert_refused(run("predict", *flags), "is another input: it has more than those 2 rows now")
+    source.write_text("guten Morgen\nbonjour\n")
+    assert f"{output} is complete: 2 rows read" in run("predict", *flags).stdout
+    # It is that of the file as it is now, which needs no network to be known.
+    for params in (workdir / "checkpoints").glob("*/params"):
+        shutil.rmtree(params)
+    assert f"{output} is complete: 2 rows read" in run("predict", *flags).stdout
     assert output.read_bytes() == before
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import datamux_jax
 from datamux_jax import inference, output_files, progress, stream
+from datamux_jax.background import background
 from datamux_jax.data.tables import Table
 from datamux_jax.errors import InputError
 from datamux_jax.tally import Tally, kind
@@ -203,6 +204,46 @@ def test_another_input_or_other_settings_are_refused(predictor, tmp_path, monkey
         predict(predictor, write_rows(source), target)
 
 
+def test_a_finished_output_is_that_of_its_rows_alone(predictor, tmp_path):
+    source, target = write_rows(tmp_path / "in.jsonl"), tmp_path / "out.tsv"
+    predict(predictor, source, target)
+    state = tmp_path / "out.tsv.state.json"
+
+    def check(rows, stamp):
+        write_rows(source, rows)
+        fields = stream.Fields(("text",), "key")
+        output = output_files.OutputFile(target, fields.columns(predictor.objective), {"seed": 1}, stamp)
+        with output, Table(source, fields.kinds(predictor)) as table:
+            stream.check_finished(table, output)
+
+    rows = [{"text": text, "key": i} for i, text in enumerate(GOOD)]
+    for other, message in (
+        ([*rows, {"text": "more", "key": 70}], "it has more than those 70 rows now"),
+        (rows[:-1], "its first 70 rows are no longer those"),
+        ([*rows[:-1], {"text": "other", "key": 69}], "its first 70 rows are no longer those"),
+    ):
+        before = state.read_bytes()
+        with pytest.raises(InputError, match=message):
+            check(other, {"bytes": 1})
+        assert state.read_bytes() == before
+    check(rows, {"bytes": 2})
+    assert json.loads(state.read_text())["input"] == {"bytes": 2}
+
+
+def test_a_finished_output_of_no_rows_is_known(predictor, tmp_path):
+    fields = stream.Fields(("text",))
+    for content, refused in (("", False), ("", False), ("a\n", True)):
+        output = output_files.OutputFile(tmp_path / "out.tsv", fields.columns(predictor.objective), {})
+        with output, Table(io.BytesIO(content.encode()), fields.kinds(predictor), file_format="text") as rows:
+            if not output.finished:
+                stream.predict_rows(predictor, rows, output, fields, show=False)
+            elif refused:
+                with pytest.raises(InputError, match="it has more than those 0 rows"):
+                    stream.check_finished(rows, output)
+            else:
+                stream.check_finished(rows, output)
+
+
 def test_two_processes_do_not_write_one_file(tmp_path):
     first = output_files.OutputFile(tmp_path / "out.tsv", {"row": "integer"}, {})
     with pytest.raises(InputError, match="Another process is writing"):
@@ -265,7 +306,7 @@ def test_errors_of_the_thread_arrive():
         yield 1
         raise KilledError
 
-    made = stream.background(items())
+    made = background(items())
     assert next(made) == 1
     with pytest.raises(KilledError):
         next(made)
