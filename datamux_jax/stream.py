@@ -51,7 +51,8 @@ class Fields:
     Attributes:
       inputs: the text, the two texts of a pair, the words, or `FEATURES`.
       id: that names the row, copied to the output; "": none.
-      label: what the prediction should be, only checked: a label that the model does not know is reported. "": none.
+      label: what the prediction should be, only checked: a label that the model does not know, neither by its name nor as the files of
+        its data write it, is reported. "": none.
       echo: copy the text to the output, too.
     """
 
@@ -243,7 +244,8 @@ def _label_error(row: Row, inference: Inference, fields: Fields) -> str:
         except ValueError:
             return f"has the label {label!r}, which is no number"
         return ""
-    unknown = next((name for name in (label if isinstance(label, list) else [label]) if name not in inference.labels), None)
+    known = (*inference.labels, *inference.format.written)
+    unknown = next((name for name in (label if isinstance(label, list) else [label]) if name not in known), None)
     if unknown is not None:
         return f"has the label {unknown!r}, which the model does not know"
     words = row.values[fields.inputs[0]]

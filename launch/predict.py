@@ -36,7 +36,9 @@ HEADER = flags.DEFINE_bool("header", True, "TSV and CSV: the first row names the
 TEXT = flags.DEFINE_string("text", "text", "Column of the text, or of the words.")
 TEXT_PAIR = flags.DEFINE_string("text_pair", "", "Column of the second text, where the model reads pairs.")
 ID = flags.DEFINE_string("id", "", "Column that is copied to the output.")
-LABEL = flags.DEFINE_string("label", "", "Column of a label; one that the model does not know is reported.")
+LABEL = flags.DEFINE_string(
+    "label", "", "Column of a label, by name or as the training files write it; unknown ones are reported."
+)
 ECHO = flags.DEFINE_bool("echo", False, "Copy the text to the output.")
 OUTPUT = flags.DEFINE_string("output", "-", "File to write: .tsv, .csv, .jsonl or .parquet; - for standard output, as TSV.")
 ENSEMBLE = flags.DEFINE_integer(

@@ -1,5 +1,6 @@
 """Prediction of tables: what comes out for good and for damaged rows, and going on after an interruption."""
 
+import copy
 import csv
 import dataclasses
 import io
@@ -271,6 +272,18 @@ def test_a_stream_goes_out_row_by_row(predictor):
     header, *lines = [line.split("\t") for line in out.getvalue().decode().splitlines()]
     assert header == ["row", "label", "probability", "truncated", "error", "input_text"]
     assert [line[5] for line in lines] == ["guten Morgen", "bonjour"]
+
+
+def test_labels_are_known_by_their_names_and_as_the_files_of_the_data_write_them(predictor, tmp_path):
+    names = predictor.labels
+    glue = copy.copy(predictor)
+    glue.format = dataclasses.replace(predictor.format, written=tuple(f"#{number}" for number in range(len(names))))
+    labels = [names[3], "#3", f"#{len(names)}"]
+    source = write_rows(tmp_path / "in.jsonl", [{"text": "a", "y": label} for label in labels])
+    for model, unknown in ((glue, [2]), (predictor, [1, 2])):
+        target = tmp_path / f"{len(unknown)}.jsonl"
+        assert predict(model, source, target, stream.Fields(("text",), label="y")).errors == len(unknown)
+        assert [row["row"] - 1 for row in read(target) if row["error"]] == unknown
 
 
 def test_arrays_are_rows_too(digits_run, tmp_path):

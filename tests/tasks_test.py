@@ -10,6 +10,7 @@ import pytest
 from configs import glue, tagging, text_files
 from datamux_jax import experiment, packaged, workdir
 from datamux_jax.data import tokenizers
+from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
 from datamux_jax.plan import prepare
 from datamux_jax.train import train
@@ -110,6 +111,17 @@ def test_a_run_to_start_from_gives_its_sizes(tmp_path):
 def test_wrong_arguments_are_refused(config, arg, message):
     with pytest.raises(InputError, match=message):
         config.get_config(arg)
+
+
+def test_a_run_knows_how_the_files_of_its_task_write_the_labels(folder, tmp_path):
+    fmt = prepare(runs_of(glue.get_config(f"sst2,n=1,data={folder},{TINY}"))["n1"]).format
+    assert (fmt.label_names, fmt.written) == (("negative", "positive"), ("0", "1"))
+    fmt.save(tmp_path)
+    assert Format.load(tmp_path).written == fmt.written
+    saved = workdir.read_json(tmp_path / "format.json")
+    workdir.write_json(tmp_path / "format.json", {key: value for key, value in saved.items() if key != "written"})
+    old = Format.load(tmp_path)  # Of an earlier version: it reads the same, and may be gone on with.
+    assert (old.written, old) == ((), fmt)
 
 
 TRAINED = [

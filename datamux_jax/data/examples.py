@@ -34,11 +34,13 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # Known by identity, so that what is made of it can be remembered.
 class Source:
-    """A data set: its splits, what the labels mean (no names: numbers), and what is reported."""
+    """A data set: its splits, what the labels mean (no names: numbers), what is reported, and the labels as files write them (none: the
+    names)."""
 
     splits: Mapping[str, Examples]
     label_names: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
+    written: tuple[str, ...] = ()
 
     def split(self, name: str) -> Examples:
         """Raises InputError, with the choices, if there is no such split."""

@@ -193,7 +193,7 @@ def read(data: Any, files: Files) -> Source:
             split: _examples([tuple(row[text] for text in task.texts) for row in rows], [row["label"] for row in rows], task)
             for split, rows in tfds_tasks.read(f"glue/{data.name}", data.path, task.splits, (*task.texts, "label")).items()
         }
-        return Source(splits, task.names, task.metrics)
+        return Source(splits, task.names, task.metrics, task.written or ())
     names = {path.name for path in files[TRAIN]}
     layout = next(layout for layout in task.layouts if set(layout.files[TRAIN]) == names)
     if layout.ids and VALIDATION in files:
@@ -202,7 +202,7 @@ def read(data: Any, files: Files) -> Source:
     else:
         rows = {split: _rows(task, layout, paths) for split, paths in files.items()}
     splits = {split: _examples([row.texts for row in each], [row.label for row in each], task) for split, each in rows.items()}
-    return Source(splits, task.names, task.metrics)
+    return Source(splits, task.names, task.metrics, task.written or ())
 
 
 class Labelled(NamedTuple):

@@ -61,6 +61,8 @@ class Format:
       metrics: what is reported of predictions, keys of `task_metrics.METRICS`.
       image_size: pixels of a side that images are brought to; 0: features are taken as they are.
       pixels: features are pixels, from 0 to 1.
+      written: the labels as the files of the data write them, in label order, where that is not their names (of SST-2: 0 and 1).
+        Runs of earlier versions have not saved it; what a run reads and predicts is the same without.
     """
 
     label_names: tuple[str, ...]
@@ -75,6 +77,7 @@ class Format:
     metrics: tuple[str, ...] = ("accuracy",)
     image_size: int = 0
     pixels: bool = False
+    written: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def save(self, run: Path) -> None:
         """Writes `format.json` and, for texts, the tokenizer into the folder of a run."""
@@ -105,8 +108,8 @@ class Format:
                 "a copy."
             )
         tokens = fields["tokens"] and SpecialTokens(**fields["tokens"])
-        names, metrics = tuple(fields["label_names"]), tuple(fields["metrics"])
-        return cls(**{**fields, "label_names": names, "metrics": metrics, "tokens": tokens, "tokenizer": tokenizer})
+        lists = {name: tuple(fields[name]) for name in ("label_names", "metrics", "written") if name in fields}
+        return cls(**{**fields, **lists, "tokens": tokens, "tokenizer": tokenizer})
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -234,6 +237,7 @@ def format_of(config: Any, run: Path | None = None) -> Format:
         token_labels=inputs == "words",
         inputs=inputs,
         metrics=source.metrics if source else (),
+        written=source.written if source else (),
         tokenizer=tokenizer,
         vocab_size=size if config.demux.name == "index" else tokenizer.vocab_size,
         tokens=tokens,
