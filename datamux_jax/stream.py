@@ -78,7 +78,7 @@ class Fields:
         if len(set(named)) < len(named):
             raise InputError(f"One column is named twice among {', '.join(named)}. Each holds one thing; name another one.")
         kinds = dict.fromkeys(self.inputs, "words" if reads == "words" else "text")
-        kinds |= {self.id: "value"} if self.id else {}
+        kinds |= {self.id: "id"} if self.id else {}
         return kinds | ({self.label: "words" if inference.objective == "tagging" else "value"} if self.label else {})
 
     def columns(self, objective: str) -> dict[str, str]:
@@ -223,7 +223,7 @@ def _block(rows: list[Row], inference: Inference, fields: Fields, position: int,
         readable = all(name in row.values for name in fields.inputs)
         # A row whose id or label alone is wrong is predicted, and reported.
         beside = any(name not in row.values for name in (fields.id, fields.label) if name)
-        if readable and (not error or beside):
+        if readable and not row.broken and (not error or beside):
             scored.append(place)
             values = [row.values[name] for name in fields.inputs]
             inputs.append(tuple(values) if len(values) == 2 else values[0])

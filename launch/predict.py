@@ -63,9 +63,10 @@ def open_rows(inference: Inference, fields: Fields) -> Table | Features:
         raise InputError(f"--input={INPUT.value} does not fit: this model reads {reads}. Give another --input or --workdir.")
     if arrays:
         return Features(INPUT.value, inference.format)
-    if INPUT.value == "-":
-        return Table(sys.stdin.buffer, fields.kinds(inference), file_format=FORMAT.value or "text", header=HEADER.value)
-    return Table(INPUT.value, fields.kinds(inference), file_format=FORMAT.value, header=HEADER.value)
+    kind = FORMAT.value or ("text" if INPUT.value == "-" else "")
+    source = sys.stdin.buffer if INPUT.value == "-" else INPUT.value
+    optional = (fields.id, fields.label)
+    return Table(source, fields.kinds(inference), file_format=kind, header=HEADER.value, optional=optional)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -80,6 +80,7 @@ DAMAGED = [
     (b"{", None, "is no JSON"),
     (b'{"text": "' + 10_000 * b"long " + b'", "key": "i", "language": "en"}', "truncated", ""),
     (b'{"text": "no language", "key": "j", "language": null}', "scored", "no value in the column 'language'"),
+    (b'{"text": "bonjour \xff", "key": "k"}', None, "is not UTF-8"),
 ]
 
 
@@ -87,11 +88,11 @@ def test_damaged_rows_are_reported_and_stop_nothing(predictor, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(line for line, _, _ in DAMAGED) + b"\n")
     counts = predict(predictor, tmp_path / "in.jsonl", tmp_path / "out.jsonl", TEXT)
     rows = read(tmp_path / "out.jsonl")
-    assert (counts.rows, counts.scored, counts.truncated, counts.errors) == (10, 5, 3, 8)
+    assert (counts.rows, counts.scored, counts.truncated, counts.errors) == (11, 5, 3, 9)
     assert counts.reasons["is no JSON"] == counts.reasons["has a label which the model does not know"] == 1
-    assert sum(counts.reasons.values()) == 8
+    assert sum(counts.reasons.values()) == 9
     saved = json.loads((tmp_path / "out.jsonl.state.json").read_text())["counts"]
-    assert saved == {"rows": 10, "scored": 5, "truncated": 3, "errors": 8, "reasons": counts.reasons}
+    assert saved == {"rows": 11, "scored": 5, "truncated": 3, "errors": 9, "reasons": counts.reasons}
     for number, (row, (_, outcome, error)) in enumerate(zip(rows, DAMAGED, strict=True), start=1):
         assert row["row"] == number
         assert (row["error"] is None) if not error else error in row["error"], row
@@ -99,6 +100,7 @@ def test_damaged_rows_are_reported_and_stop_nothing(predictor, tmp_path):
         assert (row["truncated"] is None) == (outcome is None)
     assert rows[8]["truncated"] is True
     assert rows[0]["input_text"] == "guten Morgen"
+    assert [row["id"] for row in rows] == ["a", "b", "c", "d", "e", "f", None, None, "i", "j", "k"]
 
 
 def test_a_table_of_damaged_rows_alone(predictor, tmp_path):

@@ -1,12 +1,17 @@
 """Tables: formats, damage, and reading on from a row."""
 
+import datetime
+import decimal
 import io
 import json
+import subprocess
 import sys
+import uuid
+from pathlib import Path
 
 import pytest
 
-from datamux_jax.data import table_formats
+from datamux_jax.data import lines
 from datamux_jax.data.tables import Table
 from datamux_jax.errors import InputError
 
@@ -171,14 +176,118 @@ def test_parquet_is_read_on_from_any_row(tmp_path):
 
 
 def test_long_lines_are_damage(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_formats, "LONGEST", 20)
+    monkeypatch.setattr(lines, "LONGEST", 20)
     path = write(tmp_path / "t.tsv", "a\tb\n" + "x" * 18 + "\t1\n" + "x" * 60 + "\t1\nshort\t2\n")
     read = rows(path)
     assert [row.problem for row in read] == ["", "is a line of more than 20 bytes", ""]
     path = write(tmp_path / "t.csv", 'a,b\n"' + "open\n" * 6 + "fine,2\n")
     read = rows(path)
-    assert read[0].problem == "is no CSV: field larger than field limit (20) (lines 2 to 6)"
+    assert read[0].problem == "is no CSV: a quote is open for more than 20 bytes"
+    assert [row.problem for row in read[1:-1]] == ["has 1 fields, but the header names 2"] * 5
     assert read[-1].values == {"a": "fine", "b": "2"}
+
+
+STRAY = {
+    "never closed": ('"stray,4', "x,11", "is no CSV: unexpected end of data"),
+    "closed where another one opens": ('"stray,4', '"quoted, fine",11', "is no CSV: ',' expected after '\"'"),
+    "closed where a row has a comma": ('"stray,4', 'x,"11",', "is no CSV: ',' expected after '\"'"),
+    "closed with too many fields": (
+        '"stray,4',
+        'x",11,y',
+        "is no CSV: a quote is open until line 13, which makes 3 fields, not 2",
+    ),
+    "beside its id": ('4,"stray', "11,x", "is no CSV: unexpected end of data"),
+}
+
+
+@pytest.mark.parametrize("case", STRAY)
+def test_a_stray_quote_costs_its_own_row(tmp_path, case):
+    stray, other, problem = STRAY[case]
+    turned = stray.startswith("4")
+    lines = [f"{i},good {i}" if turned else f"good {i},{i}" for i in range(20)]
+    lines[4], lines[11] = stray, other
+    path = write(tmp_path / "t.csv", ("b,a\n" if turned else "a,b\n") + "\n".join(lines) + "\n")
+    read = rows(path)
+    assert [row.line for row in read] == list(range(2, 22))
+    assert (read[4].problem, read[4].values, read[4].broken) == (problem, {"b": "4"} if turned else {}, True)
+    assert not any(row.problem for row in read if row.number not in (5, 12))
+    assert [row.values["b"] for row in read if row.number not in (5, 12)] == [str(i) for i in range(20) if i not in (4, 11)]
+    for skip in range(21):
+        assert rows(path, skip=skip) == read[skip:]
+
+
+def test_blank_lines_in_an_open_quote_are_not_gathered_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "LONGEST", 20)
+    read = rows(write(tmp_path / "t.csv", 'a,b\n"' + "\n" * 40 + "fine,2\n"))
+    assert read[0].problem == "is no CSV: a quote is open for more than 20 bytes"
+    assert (len(read), read[-1].values) == (41, {"a": "fine", "b": "2"})
+
+
+UNREADABLE = {
+    "tsv": (b"i\ta\tb\nk1\t\xff\t1\nk2\nk3\tx\t1\t2\n\nk5\tx\t1\n", ["k1", "k2", None, None, "k5"]),
+    "csv": (b'i,a,b\nk1,"\xff\n",1\nk2\nk3,x,1,2\n\nk5,x,1\nk6,"x"x,1\n', ["k1", "k2", None, None, "k5", "k6"]),
+    "jsonl": (
+        b'{"a": "\xff", "b": 1, "i": "k1"}\n{"i": "k2"}\n[1]\n\n{"a": "x", "b": 1, "i": "k5"}\n',
+        ["k1", "k2", None, None, "k5"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_damaged_rows_keep_the_id_that_can_be_read(tmp_path, kind):
+    content, ids = UNREADABLE[kind]
+    read = rows(write(tmp_path / f"t.{kind}", content), {"i": "id", "a": "text", "b": "value"})
+    assert [row.values.get("i") for row in read] == ids
+    assert [bool(row.problem) for row in read] == [i != 4 for i in range(len(ids))]
+    assert read[0].values["a"].strip() == "\ufffd"
+    assert [row.broken for row in read] == [i != 4 and not (kind == "jsonl" and i == 1) for i in range(len(ids))]
+
+
+def test_ids_of_parquet_are_of_any_type_and_labels_numbers_of_any_type(tmp_path):
+    import pyarrow
+
+    day, moment = datetime.date(2020, 1, 31), datetime.datetime(2020, 1, 31, 12, 30)
+    number, name = decimal.Decimal("1.50"), uuid.UUID(int=7)
+    columns = {"day": [day], "moment": [moment], "number": [number], "list": [[1]], "none": pyarrow.array([None], "string")}
+    columns |= {"ns": pyarrow.array([1], "time64[ns]"), "uuid": pyarrow.array([name.bytes], pyarrow.uuid())}
+    path = parquet(tmp_path / "t.parquet", columns)
+    (row,) = rows(path, dict.fromkeys(columns, "id"))
+    expected = {"day": "2020-01-31", "moment": "2020-01-31 12:30:00", "number": "1.50", "ns": "00:00:00.000000001"}
+    assert row.values == expected | {"uuid": str(name)}
+    assert row.problem == "has a value of type list in the column 'list'"
+    assert rows(path, {"number": "value"})[0].values == {"number": "1.50"}
+    assert rows(path, {"day": "value"})[0].problem == "has a value of type date in the column 'day'"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process its peak")
+def test_a_large_row_group_of_parquet_is_read_in_bounded_memory(tmp_path):
+    """In a process of its own, whose peak is that of reading."""
+    texts = [f"{i:0300}" for i in range(1000)]
+    path = parquet(tmp_path / "t.parquet", {"a": texts * 200}, row_group_size=200_000, use_dictionary=False, compression="none")
+    assert path.stat().st_size > 60_000_000
+    script = f"""
+import itertools, pathlib, re
+from datamux_jax.data.tables import Table
+def peak():
+    return int(re.search("VmHWM: *([0-9]+)", pathlib.Path("/proc/self/status").read_text().replace("\\t", " "))[1])
+with Table({str(path)!r}, {{"a": "text"}}) as table:
+    before = peak()
+    assert len(list(itertools.islice(table.rows(), 1000))) == 1000
+print(peak() - before)"""
+    kilobytes = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert kilobytes < 30_000
+
+
+def test_the_head_of_json_lines_does_not_decide_over_the_rest(tmp_path):
+    late = write(tmp_path / "late.jsonl", '{"a": "x"}\n' * 100 + '{"a": "x", "b": 7}\n')
+    assert rows(late, optional=("b",))[-1].values == {"a": "x", "b": "7"}
+    with pytest.raises(InputError, match=r"has no column 'b'. Its columns are: a"):
+        rows(late)
+    for bad in ("garbage\n", "[1]\n"):
+        damaged = rows(write(tmp_path / "damaged.jsonl", bad * 100 + '{"a": "x", "b": 7}\n'))
+        assert [bool(row.problem) for row in damaged] == [True] * 100 + [False]
+    with pytest.raises(InputError, match=r"has no column 'a'. Its columns are: b"):
+        rows(write(tmp_path / "none.jsonl", '{"b": 1}\n' * 101), optional=("b",))
 
 
 def test_columns_without_a_header(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datamux_jax.data.table_formats import Lines, decoded
+from datamux_jax.data.lines import Lines, decoded
 from datamux_jax.data.tables import opened
 from datamux_jax.errors import InputError, choose
 

@@ -5,7 +5,7 @@ TSV is that of GLUE: quotes are characters like any other. CSV is that of RFC 41
 
 from __future__ import annotations
 
-import codecs
+import collections
 import csv
 import itertools
 import json
@@ -13,21 +13,30 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from datamux_jax.data.text_files import MARKS
+from datamux_jax.data import lines
+from datamux_jax.data.lines import Line, Lines, decoded, not_utf8
 from datamux_jax.errors import InputError
 
-LONGEST = 1 << 22  # Bytes of a line, characters of a CSV field. What is longer is no row but damage, such as a quote left open.
 HEAD = 100  # First records, which give the columns of a file without a header: one of them may be damaged.
 BATCH = 256  # Records of a Parquet file that are in memory at once.
+BUFFER = 1 << 20  # Bytes of a column of it that are read at once.
 TEXT_COLUMN = "text"  # Of lines of text.
 
 
 class Record(NamedTuple):
-    """A record: the line it starts at, its fields by column, and what is wrong with it ("": nothing)."""
+    """A record.
+
+    Attributes:
+      line: that it starts at.
+      fields: by column; of a broken record those that can be read, with U+FFFD for what is no UTF-8, to tell it from others.
+      problem: what is wrong with it; "": nothing.
+      broken: the problem is that of the record as a whole, so that none of its fields can be relied on.
+    """
 
     line: int
     fields: dict[str, Any]
     problem: str = ""
+    broken: bool = False
 
 
 class Format(Protocol):
@@ -45,53 +54,6 @@ class Format(Protocol):
 
     def read(self, columns: Collection[str], skip: int) -> Iterator[Record]:
         """The records after the first `skip` ones, with those of `columns` that they have; once only."""
-
-
-class Lines:
-    """Numbered lines of a binary stream, without their ends and without a byte-order mark.
-
-    Args:
-      handle: the stream, which need not be seekable.
-      name: of it, for errors.
-      trailing: blank lines at the end of the stream are lines, too.
-
-    Raises:
-      InputError: it starts with a byte-order mark of UTF-16 or UTF-32.
-    """
-
-    def __init__(self, handle: BinaryIO, name: str, trailing: bool = False) -> None:
-        self._handle, self._trailing = handle, trailing
-        self.number = self.position = 0
-        self._ahead = handle.readline(LONGEST + 1)
-        mark, encoding = next((pair for pair in MARKS if self._ahead.startswith(pair[0])), (b"", ""))
-        if mark and mark != codecs.BOM_UTF8:
-            raise InputError(
-                f"{name} is {encoding.upper()}, but tables are read as UTF-8. Convert it, for instance with iconv -f UTF-16 -t UTF-8."
-            )
-        self._ahead = self._ahead[len(mark) :]
-        self.position = len(mark)
-
-    def __iter__(self) -> Iterator[tuple[int, bytes, str]]:
-        """Number of the line, from 1; its bytes; and what is wrong with it ("": nothing)."""
-        blank = 0
-        while line := self._ahead or self._handle.readline(LONGEST + 1):
-            self._ahead = b""
-            self.number += 1
-            self.position += len(line)
-            if not self._trailing and not line.strip():
-                blank += 1
-                continue
-            for earlier in range(self.number - blank, self.number):
-                yield earlier, b"", ""
-            blank = 0
-            if len(line) <= LONGEST or line.endswith(b"\n"):
-                yield self.number, line.removesuffix(b"\n").removesuffix(b"\r"), ""
-            else:
-                rest = line
-                while rest and not rest.endswith(b"\n"):
-                    rest = self._handle.readline(LONGEST)
-                    self.position += len(rest)
-                yield self.number, b"", f"is a line of more than {LONGEST:,} bytes"
 
 
 class _OfLines:
@@ -117,21 +79,20 @@ class _OfLines:
         raise NotImplementedError
 
     def fields(self, content: Any) -> tuple[dict[str, Any], str]:
-        """The fields of a record by column, and what is wrong with it."""
+        """The fields of a record by column, as far as it can be read, and what is wrong with it."""
         raise NotImplementedError
 
-    def head(self) -> list[Any]:
-        """The contents of the first records, which stay to be read."""
+    def head(self) -> list[tuple[Any, str]]:
+        """Contents and problems of the first records, which stay to be read."""
         first = list(itertools.islice(self._records, HEAD))
         self._records = itertools.chain(first, self._records)
-        return [content for _, content, problem in first if not problem]
+        return [(content, problem) for _, content, problem in first]
 
     def read(self, columns: Collection[str], skip: int) -> Iterator[Record]:
         for line, content, problem in itertools.islice(self._records, skip, None):
-            fields: dict[str, Any] = {}
-            if not problem:
-                fields, problem = self.fields(content)
-            yield Record(line, {name: fields[name] for name in columns if name in fields}, problem)
+            fields, wrong = self.fields(content)
+            problem = problem or wrong
+            yield Record(line, {name: fields[name] for name in columns if name in fields}, problem, bool(problem))
 
 
 class Text(_OfLines):
@@ -148,20 +109,26 @@ class Text(_OfLines):
 
 
 class JsonLines(_OfLines):
-    """An object a line; the columns are the keys of the first ones."""
+    """An object a line; the columns are the keys of the first ones.
+
+    Attributes:
+      sound: all of the first lines are objects, so that what none of them has, a file of such rows does not have either.
+    """
 
     def columns(self, name: str, header: bool) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(key for content in self.head() for key in self.fields(content)[0]))
+        first = [(problem, *self.fields(content)) for content, problem in self.head()]
+        self.sound = not any(problem or wrong for problem, _, wrong in first)
+        return tuple(dict.fromkeys(key for _, fields, _ in first for key in fields))
 
     def fields(self, content: bytes) -> tuple[dict[str, Any], str]:
         text, problem = decoded(content)
-        if problem:
-            return {}, problem
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            return {}, f"is no JSON: {error}"
-        return (value, "") if isinstance(value, dict) else ({}, f"is no JSON object, but of type {type(value).__name__}")
+            return {}, problem or f"is no JSON: {error}"
+        if not isinstance(value, dict):
+            return {}, problem or f"is no JSON object, but of type {type(value).__name__}"
+        return value, problem
 
 
 class Delimited(_OfLines):
@@ -171,7 +138,7 @@ class Delimited(_OfLines):
 
     def columns(self, name: str, header: bool) -> tuple[str, ...]:
         if not header:
-            widths = [len(self.split(content)[0]) for content in self.head()]
+            widths = [len(self.split(content)[0]) for content, problem in self.head() if not problem]
             return tuple(map(str, range(1, max(widths, default=0) + 1)))
         _, content, problem = next(self._records, (1, b"", "is missing: the file is empty"))
         names, problem = ([], problem) if problem else self.split(content)
@@ -186,8 +153,11 @@ class Delimited(_OfLines):
 
     def fields(self, content: Any) -> tuple[dict[str, Any], str]:
         fields, problem = self.split(content)
-        if not problem and self.wanted and len(fields) != self.wanted:
-            return {}, f"has {len(fields)} fields, but the header names {self.wanted}"
+        if self.wanted and len(fields) != self.wanted:
+            problem = problem or f"has {len(fields)} fields, but the header names {self.wanted}"
+            fields = (
+                fields[: self.wanted] if len(fields) < self.wanted else []
+            )  # Of surplus fields nobody knows which they are.
         return dict(zip(self.names, fields, strict=False)), problem
 
 
@@ -203,32 +173,60 @@ class Csv(Delimited):
     """Fields between commas, as RFC 4180 has them."""
 
     def records(self) -> Iterator[tuple[int, Any, str]]:
-        problems: list[str] = []
+        """As for all formats. Of a record that cannot be read, the first line alone is damaged, and the lines behind it are read anew:
+        a quote that is never closed, or closed where another one opens, costs its own row, not those behind it."""
+        source = iter(self.lines)
+        again: collections.deque[Line] = collections.deque()
+        while True:
+            line = again.popleft() if again else next(source, None)
+            if line is None:
+                return
+            text, wrong = decoded(line.content)
+            if '"' not in text and "\r" not in text:  # Nearly all lines, read without a parser.
+                yield line.number, text.split(",") if text else [], line.problem or wrong
+                continue
+            again.appendleft(line)
+            taken: list[Line] = []
+            fields, problem = self._parse(source, again, taken)
+            first, last = taken[0], taken[-1]
+            if not problem and last is not first and self.wanted not in (0, len(fields)):
+                problem = (
+                    f"is no CSV: a quote is open until line {last.number}, which makes {len(fields)} fields, not {self.wanted}"
+                )
+            if problem:
+                again.extendleft(reversed(taken[1:]))
+                yield first.number, _before_quotes(first), first.problem or decoded(first.content)[1] or problem
+                continue
+            problem = next(filter(None, (line.problem or decoded(line.content)[1] for line in taken)), "")
+            where = f" (lines {first.number} to {last.number})" if problem and last is not first else ""
+            yield first.number, fields, problem + where
+
+    def _parse(self, source: Iterator[Line], again: collections.deque[Line], taken: list[Line]) -> tuple[list[str], str]:
+        """The fields of a record, and what is wrong with it; `taken` gets its lines, those of `again` first."""
 
         def texts() -> Iterator[str]:
-            for _, content, problem in self.lines:
-                text, bad = decoded(content)
-                problems.extend(filter(None, (problem, bad)))
-                yield text + "\n"
+            size = 0
+            while line := again.popleft() if again else next(source, None):
+                taken.append(line)
+                size += len(line.content) + (len(taken) > 1)  # The end of the line before.
+                if size > lines.LONGEST:
+                    raise csv.Error(f"a quote is open for more than {lines.LONGEST:,} bytes")
+                yield decoded(line.content)[0] + "\n"
 
-        csv.field_size_limit(LONGEST)
-        reader = csv.reader(texts(), strict=True)
-        before = 0
-        while True:
-            fields: list[str] = []
-            problems.clear()
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                problems.append(f"is no CSV: {error}")
-            lines = f" (lines {before + 1} to {reader.line_num})" if reader.line_num > before + 1 else ""
-            yield before + 1, fields, problems[0] + lines if problems else ""
-            before = reader.line_num
+        csv.field_size_limit(2 * lines.LONGEST)  # Never reached: a record is not that long.
+        try:
+            return next(csv.reader(texts(), strict=True), []), ""
+        except csv.Error as error:
+            return [], f"is no CSV: {error}"
 
     def split(self, content: list[str]) -> tuple[list[str], str]:
         return content, ""
+
+
+def _before_quotes(line: Line) -> list[str]:
+    """The fields before the first quote of a damaged line of CSV."""
+    before, quote, _ = decoded(line.content)[0].partition('"')
+    return before.split(",")[:-1] if quote else []
 
 
 class Parquet:
@@ -247,10 +245,12 @@ class Parquet:
         self._size = handle.seek(0, os.SEEK_END)
         self._name, self._errors = name, (pyarrow.ArrowException, OSError)
         try:
-            self._file = pyarrow.parquet.ParquetFile(handle)
+            # By default all bytes of a row group are read at once, and a file may have a single one.
+            self._file = pyarrow.parquet.ParquetFile(handle, pre_buffer=False, buffer_size=BUFFER)
         except self._errors as error:
             raise InputError(f"{name} is no Parquet: {error}. Restore the file, or say which format it has.") from error
         self.names = tuple(self._file.schema_arrow.names)
+        self._text = pyarrow.string()
         self._done = 0
 
     @property
@@ -280,16 +280,10 @@ class Parquet:
             try:
                 fields[name] = _strings(column[row].as_py())
             except UnicodeDecodeError as error:
-                problem = _not_utf8(error)
+                problem = not_utf8(error)
+            except ValueError:  # Of a time in nanoseconds, which Python has no type for.
+                fields[name] = str(column[row].cast(self._text))
         return Record(self._done, fields, problem)
-
-
-def decoded(content: bytes) -> tuple[str, str]:
-    """The text, with U+FFFD for what is none, and what is wrong with it."""
-    try:
-        return content.decode(), ""
-    except UnicodeDecodeError as error:
-        return content.decode(errors="replace"), _not_utf8(error)
 
 
 def _strings(value: Any) -> Any:
@@ -297,10 +291,6 @@ def _strings(value: Any) -> Any:
     if isinstance(value, list):
         return [_strings(item) for item in value]
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"is not UTF-8 at byte {error.start + 1} (0x{error.object[error.start]:02x})"
 
 
 # Name -> class that opens a binary stream: the stream, its name for errors, and whether it has a header (TSV and CSV only).

@@ -5,13 +5,14 @@ Prediction marks such a row and goes on; training refuses it.
 
 from __future__ import annotations
 
+import decimal
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
-from datamux_jax.data.table_formats import ENDINGS, FORMATS, HEADERLESS
+from datamux_jax.data.table_formats import ENDINGS, FORMATS, HEADERLESS, JsonLines
 from datamux_jax.errors import InputError, choose
 
 
@@ -23,12 +24,14 @@ class Row(NamedTuple):
       line: of the file at which it starts, from 1; of Parquet, the number of the row.
       values: column -> value, of the columns asked for; of a damaged row, those that can be read, with U+FFFD for what is no UTF-8.
       problem: what is wrong with it, such as "is not UTF-8 at byte 7 (0xff)"; "": nothing.
+      broken: the problem is that of the row as a whole, so that its values tell it from others, and are good for nothing else.
     """
 
     number: int
     line: int
     values: dict[str, Any]
     problem: str
+    broken: bool = False
 
 
 class Table:
@@ -40,6 +43,7 @@ class Table:
         numbers from "1" on; the column of lines of text is "text".
       file_format: key of `FORMATS`; "": by the ending of the path.
       header: TSV and CSV: the first row names the columns.
+      optional: of `columns`, those that the first rows of JSON lines may all be without.
 
     Attributes:
       names: all columns; of JSON lines, those of the first rows.
@@ -50,7 +54,13 @@ class Table:
     """
 
     def __init__(
-        self, source: str | Path | BinaryIO, columns: Mapping[str, str], *, file_format: str = "", header: bool = True
+        self,
+        source: str | Path | BinaryIO,
+        columns: Mapping[str, str],
+        *,
+        file_format: str = "",
+        header: bool = True,
+        optional: Collection[str] = (),
     ) -> None:
         self._own = isinstance(source, str | Path)
         self.name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "the stream"))
@@ -65,7 +75,7 @@ class Table:
             self.size = os.fstat(self._handle.fileno()).st_size if self._own else 0
             self._format = FORMATS[kind](self._handle, self.name, header)
             self.names = self._format.names
-            self._check()
+            self._check(optional)
         except BaseException:
             self.close()
             raise
@@ -77,7 +87,7 @@ class Table:
 
     def rows(self, skip: int = 0) -> Iterator[Row]:
         """The rows after the first `skip` ones, which are passed over without being taken apart (but for CSV)."""
-        for number, (line, fields, problem) in enumerate(self._format.read(self._kinds, skip), start=skip + 1):
+        for number, (line, fields, problem, broken) in enumerate(self._format.read(self._kinds, skip), start=skip + 1):
             values: dict[str, Any] = {}
             for column, read in self._kinds.items():
                 if column not in fields:
@@ -88,7 +98,7 @@ class Table:
                     problem = problem or f"has {wrong} in the column {column!r}"
                 else:
                     values[column] = value
-            yield Row(number, line, values, problem)
+            yield Row(number, line, values, problem, broken)
 
     def good(self) -> Iterator[Row]:
         """The rows.
@@ -112,10 +122,12 @@ class Table:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _check(self) -> None:
+    def _check(self, optional: Collection[str]) -> None:
         for column in self._kinds:
             found = self.names.count(column)
-            if found != 1:
+            # What the first rows do not have, later ones may: only of a column that every row needs is it an error.
+            later = isinstance(self._format, JsonLines) and (column in optional or not self._format.sound)
+            if found != 1 and not (later and not found):
                 problem = f"has {found} columns named" if found else "has no column"
                 raise InputError(
                     f"{self.name} {problem} {column!r}. Its columns are: {', '.join(self.names) or 'none, it is empty'}. Name one of "
@@ -172,12 +184,23 @@ def _words(value: Any) -> tuple[Any, str]:
 def _value(value: Any) -> tuple[Any, str]:
     if isinstance(value, str):
         return _text(value.strip())
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float | decimal.Decimal):
         return str(value), ""
     return value, "no value" if value is None else f"a value of type {type(value).__name__}"
 
 
+def _id(value: Any) -> tuple[Any, str]:
+    """Parquet has dates, times and UUIDs, which name a row as well as a number does."""
+    return _value(value) if value is None or isinstance(value, str | list | dict) else (str(value), "")
+
+
 # What a column holds -> how a field is read: the value, and what is wrong with it ("": nothing).
 #   text: text, not blank. string: text, may be blank. words: a list of words, or words between spaces.
-#   value: a number, a truth value or a text without spaces around it, as a string.
-KINDS: dict[str, Callable[[Any], tuple[Any, str]]] = {"text": _text, "string": _string, "words": _words, "value": _value}
+#   value: a number, a truth value or a text without spaces around it, as a string. id: the same, or a date, a time or the like.
+KINDS: dict[str, Callable[[Any], tuple[Any, str]]] = {
+    "text": _text,
+    "string": _string,
+    "words": _words,
+    "value": _value,
+    "id": _id,
+}
