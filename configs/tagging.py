@@ -7,7 +7,7 @@ Stages as in configs/glue.py. Entities are scored by F1 of whole entities and by
 those of configs/glue.py:
 
     ewt             first and without a name: ewt (parts of speech) or conll2003 (entities); or none, and train= and dev=
-    data=           a folder with the data set's files, known by their names; none: TensorFlow Datasets
+    data=           a folder with the data set's files, known by their names (.conllu before others); none: TensorFlow Datasets
     train=, dev=, test=  files of your own, in CoNLL columns or CoNLL-U
     label=          number of the column of the labels, by default the last; in CoNLL-U upos (default) or xpos
 """

@@ -79,6 +79,9 @@ SCHEMES = {
     "U-A O B-B L-B B-A I-A L-A U-A": "B-A O B-B I-B B-A I-A I-A B-A",  # BILOU
     "B-A I-A L-A": "B-A I-A I-A",
     "B-A-B I-A-B": "B-A-B I-A-B",
+    "B I O B B": "B I O B B",  # Entities of one type.
+    "I I O I B I": "B I O B B I",
+    "S O B E B I E S": "B O B I B I I B",
 }
 
 
@@ -91,15 +94,58 @@ def test_every_scheme_becomes_iob2(tags):
     one = sentence(tags)
     assert conll.to_iob2([one])
     assert " ".join(one.tags) == SCHEMES[tags]
-    assert conll.to_iob2([one])
+    assert conll.to_iob2([one], entities="-" not in tags)
     assert " ".join(one.tags) == SCHEMES[tags]
 
 
-@pytest.mark.parametrize("tags", ["NOUN VERB", "O O", "O B-A X", "B- O"])
+@pytest.mark.parametrize("tags", ["NOUN VERB", "O O", "O B-A X", "B- O", "I E I", "O S L O"])
 def test_other_tags_stay(tags):
     one = sentence(tags)
     assert not conll.to_iob2([one])
     assert " ".join(one.tags) == tags
+
+
+GOOD = "EU S-ORG\nrejects O\n\nPeter B-PER\nX E-PER\n\n"
+
+
+def test_one_odd_tag_does_not_switch_the_entities_off(tmp_path, capsys):
+    for content, changes in ((GOOD * 20 + "typo B_LOC\n", {}), (GOOD + "typo B_LOC\n", {"name": "conll2003"})):
+        line = len(content.splitlines())
+        with pytest.raises(
+            InputError, match=rf"train.conll, line {line}: the tag 'B_LOC' is no part of an entity.*Correct the tag"
+        ):
+            read(tmp_path, content, **changes)
+    assert read(tmp_path, GOOD + "typo B_LOC\n")[1] == ("accuracy",)  # Three of four: they may be anything.
+    assert "5 tags, which mark no entities, scored by accuracy: B-PER, B_LOC, E-PER, O, S-ORG" in capsys.readouterr().out
+    assert read(tmp_path, GOOD)[1] == ("entity_f1", "accuracy")
+    assert (
+        "4 tags, which mark entities, scored by F1 of whole entities and accuracy: B-ORG, B-PER, I-PER, O"
+        in capsys.readouterr().out
+    )
+    chunks = "a NN B-NP\nb VB O\n"
+    assert read(tmp_path, chunks, name="conll2003", label="2")[1] == ("accuracy",)
+
+
+def test_comments_of_column_files_are_no_words(tmp_path):
+    words = [(["EU", "x"], ["B-ORG", "O"])]
+    for comment in ("# id 17 domain=en", "# id\tdomain=en", "# text = EU x", "#comment", "# a comment of five words"):
+        assert read(tmp_path, f"{comment}\nEU B-ORG\nx O\n") == (words, ("entity_f1", "accuracy"))
+        assert read(tmp_path, f"a O\n\n# newdoc = 1\n{comment}\nEU B-ORG\nx O\n")[0][1:] == words
+    four = "# id 5239 domain=en\nEU _ _ B-ORG\nx _ _ O\n"
+    assert read(tmp_path, four)[0] == words
+
+
+def test_words_with_a_hash_stay_words(tmp_path):
+    assert read(tmp_path, "# O\n1 B-A\n# B-A\n#now O\n")[0] == [(["#", "1", "#", "#now"], ["O", "B-A", "B-A", "O"])]
+    assert read(tmp_path, "#a HT\nb N\n\nc N\n#a HT\n#d X\n")[0][0] == (["#a", "b"], ["HT", "N"])
+    assert read(tmp_path, "a NN O\n# # O\nb NN O\n", label="2")[0] == [(["a", "#", "b"], ["NN", "#", "NN"])]
+
+
+@pytest.mark.parametrize("content", ["# comment\na O\n", "a O\n\n# C\nb O\n", "a O\n# id 17 new\nb O\n"])
+def test_lines_with_a_hash_that_may_be_words_or_comments_are_refused(tmp_path, content):
+    line = 1 + next(i for i, text in enumerate(content.splitlines()) if text.startswith("#"))
+    with pytest.raises(InputError, match=rf"train.conll, line {line}: the line begins with # and may be a comment or a word"):
+        read(tmp_path, content)
 
 
 def test_the_scheme_shows_in_all_sentences_together():
@@ -161,6 +207,19 @@ def test_files_of_a_folder_are_known_by_their_names(tmp_path):
     }
     (tmp_path / "more.train").write_text("x O\n")
     with pytest.raises(InputError, match=r"has several files for one split, eng.train, more.train"):
+        sources.load(config_of(path=str(tmp_path)).data)
+
+
+def test_the_sentences_of_a_release_are_found_beside_its_plain_text(tmp_path):
+    for split, name in (("train", "train"), ("validation", "dev"), ("test", "test")):
+        (tmp_path / f"en_ewt-ud-{name}.conllu").write_text(CONLLU.replace("Ok", split))
+        (tmp_path / f"en_ewt-ud-{name}.txt").write_text("It's a test. Ok\n")
+    source = sources.load(config_of(path=str(tmp_path)).data)
+    assert {split: examples.inputs[1] for split, examples in source.splits.items()} == {
+        split: [split] for split in ("train", "validation", "test")
+    }
+    (tmp_path / "more-train.conllu").write_text(CONLLU)
+    with pytest.raises(InputError, match=r"has several files for one split, .*name the files: train=FILE,dev=FILE,test=FILE"):
         sources.load(config_of(path=str(tmp_path)).data)
 
 

@@ -20,16 +20,24 @@ NOT_A_WORD = "_"  # In TensorFlow Datasets, the part of speech of a range of wor
 
 
 class Prepared(NamedTuple):
-    """A data set in TensorFlow Datasets: its name, the feature that holds the labels, and its splits by our names."""
+    """A data set in TensorFlow Datasets.
+
+    Attributes:
+      name: there.
+      labels: the feature that holds them.
+      splits: by our names.
+      entities: the labels, in files those of the last column, mark entities.
+    """
 
     name: str
     labels: str
     splits: Mapping[str, str]
+    entities: bool = False
 
 
 SETS: dict[str, Prepared] = {
     "ewt": Prepared("universal_dependencies/en_ewt", "upos", {TRAIN: "train", VALIDATION: "dev", TEST: "test"}),
-    "conll2003": Prepared("conll2003", "ner", {TRAIN: "train", VALIDATION: "dev", TEST: "test"}),
+    "conll2003": Prepared("conll2003", "ner", {TRAIN: "train", VALIDATION: "dev", TEST: "test"}, entities=True),
 }
 
 
@@ -74,6 +82,9 @@ def _in_folder(path: str) -> dict[str, tuple[Path, ...]]:
         split = next((split for split, names in NAMES.items() if any(name in file.name.lower() for name in names)), None)
         if split is not None:
             files[split] = (*files.get(split, ()), file)
+    for split, paths in files.items():  # Universal Dependencies are released with the plain text beside the sentences.
+        conllu = tuple(file for file in paths if file.suffix.lower() == ".conllu")
+        files[split] = conllu if len(conllu) == 1 else paths
     several = [paths for paths in files.values() if len(paths) > 1]
     if TRAIN not in files or several:
         problem = (
@@ -85,7 +96,7 @@ def _in_folder(path: str) -> dict[str, tuple[Path, ...]]:
         )
         raise InputError(
             f"data.path = {path!r} {problem}. Give a folder with one file for each split (train; dev, valid or testa; test), or "
-            "name the files: data.train_file, data.validation_file, data.test_file."
+            "name the files: train=FILE,dev=FILE,test=FILE behind the config (data.train_file, data.validation_file, data.test_file)."
         )
     return {split: files[split] for split in (TRAIN, VALIDATION, TEST) if split in files}
 
@@ -100,8 +111,11 @@ def read(data: Any, files: Files) -> Source:
         sentences = {split: _of_file(path, data) for split, (path,) in files.items()}
     else:
         sentences = {split: list(rows) for split, rows in _prepared(SETS[data.name], data.path).items()}
-    entities = conll.to_iob2(list(itertools.chain(*sentences.values())))
+    known = bool(data.name) and SETS[data.name].entities and not data.label
+    entities = conll.to_iob2(list(itertools.chain(*sentences.values())), entities=known)
     names = in_order(tag for each in sentences.values() for sentence in each for tag in sentence.tags)
+    what = "mark entities, scored by F1 of whole entities and accuracy" if entities else "mark no entities, scored by accuracy"
+    print(f"{len(names)} tags, which {what}: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}", flush=True)
     splits = {split: _examples(each, names) for split, each in sentences.items()}
     return Source(splits, names, ("entity_f1", "accuracy") if entities else ("accuracy",))
 
