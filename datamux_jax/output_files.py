@@ -89,7 +89,9 @@ class Stream:
         self.tally = tally
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Of no rows, the header."""
+        if self.tally.rows == 0:
+            self.write([], self.tally, "")
 
 
 class OutputFile:

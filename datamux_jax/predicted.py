@@ -90,7 +90,7 @@ def check_path(path: Path) -> None:
 
 
 def write(path: Path, scored: Scored, arrays: Arrays, fmt: Format) -> None:
-    """Writes one row an example, in the order of the split: number of the row from 0, label, prediction, scores.
+    """Writes one row an example, in the order of the split: number of the row from 1, label, prediction, scores.
 
     The predictions are those of the first pass. Of classes, `score` is the probability of the one predicted; .jsonl has `scores`
     instead, those of all classes. A number is its own score. Tags are those of all words, of which some may have been cut off: null, in
@@ -111,16 +111,16 @@ def _rows(outputs: np.ndarray, arrays: Arrays, fmt: Format) -> Iterator[dict[str
     truth, guesses = labels(arrays), predictions(outputs, arrays, fmt)[0]
     names: Sequence[str] = fmt.label_names
     if fmt.token_labels:
-        for row, (tags, guess) in enumerate(zip(truth, guesses, strict=True)):
+        for row, (tags, guess) in enumerate(zip(truth, guesses, strict=True), start=1):
             there = tags != NO_LABEL
             best = [None if tag == task_metrics.NO_PREDICTION else names[tag] for tag in guess[there]]
             yield {"row": row, "label": [names[tag] for tag in tags[there]], "prediction": best}
     elif names:
         shares = softmax(outputs[0]).tolist()
-        for row, (label, guess, share) in enumerate(zip(truth.tolist(), guesses.tolist(), shares, strict=True)):
+        for row, (label, guess, share) in enumerate(zip(truth.tolist(), guesses.tolist(), shares, strict=True), start=1):
             yield {"row": row, "label": names[label], "prediction": names[guess], "score": share[guess], "scores": share}
     else:
-        for row, (label, guess) in enumerate(zip(truth.tolist(), guesses.tolist(), strict=True)):
+        for row, (label, guess) in enumerate(zip(truth.tolist(), guesses.tolist(), strict=True), start=1):
             yield {"row": row, "label": round(label, DIGITS), "prediction": round(guess, DIGITS)}
 
 

@@ -22,7 +22,9 @@ SPLIT = flags.DEFINE_string("split", "", "Split to score; default: the config's 
 GROUPINGS = flags.DEFINE_integer("eval_groupings", 0, "Random groupings; default: the config's eval.groupings.", lower_bound=0)
 flags.DEFINE_alias("groupings", "eval_groupings")
 PREDICTIONS = flags.DEFINE_string(
-    "predictions", "", "File for the predictions of one run, which must not exist yet: .tsv or .jsonl, a row an example."
+    "predictions",
+    "",
+    "File for the predictions of one run, which must not exist yet: .tsv or .jsonl, rows numbered from 1.",
 )
 ENSEMBLE = flags.DEFINE_integer("ensemble", 1, "Times that every example is fed, outputs averaged; divides N.", lower_bound=1)
 

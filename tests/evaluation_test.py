@@ -195,7 +195,7 @@ def test_the_metrics_of_classes_are_those_of_the_predictions(paraphrases, tmp_pa
     assert result == json.loads((paraphrases / "metrics-test-1.json").read_text())
     with (tmp_path / "out.tsv").open(newline="") as handle:
         rows = list(csv.DictReader(handle, delimiter="\t"))
-    assert [int(row["row"]) for row in rows] == list(range(51))
+    assert [int(row["row"]) for row in rows] == list(range(1, 52))
     labels = pipeline.splits_of(load_run(paraphrases).config, None)["test"]["label"]
     assert [row["label"] for row in rows] == [("no", "yes")[label] for label in labels]
     assert {row["prediction"] for row in rows} == {"no", "yes"}
@@ -265,7 +265,7 @@ def test_the_metrics_of_numbers_are_those_of_the_predictions(similarities, tmp_p
     assert result["squared_error"] == pytest.approx(np.mean(np.square(pairs[:, 0] - pairs[:, 1])), rel=1e-4)
     assert result["combined"] == pytest.approx((result["pearson"] + result["spearman"]) / 2)
     evaluate_run(tmp_path / "run", groupings=1, predictions=tmp_path / "out.tsv")
-    assert (tmp_path / "out.tsv").read_text().startswith("row\tlabel\tprediction\n0\t")
+    assert (tmp_path / "out.tsv").read_text().startswith("row\tlabel\tprediction\n1\t")
 
 
 def test_the_metrics_of_tags_count_the_words_that_were_cut_off(sentences, tmp_path):
@@ -294,7 +294,8 @@ def test_the_metrics_of_tags_count_the_words_that_were_cut_off(sentences, tmp_pa
     evaluate_run(tmp_path / "run", groupings=1, predictions=tmp_path / "out.tsv")
     cut = next(number for number, row in enumerate(rows) if None in row["prediction"])
     line = (tmp_path / "out.tsv").read_text().splitlines()[1 + cut].split("\t")
-    assert line[0] == str(cut)
+    assert line[0] == str(1 + cut)
+    assert [row["row"] for row in rows] == list(range(1, 52))
     assert line[2].split(" ") == ["-" if tag is None else tag for tag in rows[cut]["prediction"]]
 
 

@@ -276,6 +276,15 @@ def test_a_stream_goes_out_row_by_row(predictor):
     assert [line[5] for line in lines] == ["guten Morgen", "bonjour"]
 
 
+def test_no_rows_have_a_header(predictor, tmp_path):
+    fields, out = stream.Fields(("text",)), io.BytesIO()
+    columns = fields.columns(predictor.objective)
+    for sink in (output_files.Stream(out, columns, "tsv"), output_files.OutputFile(tmp_path / "out.tsv", columns, {})):
+        rows = Table(io.BytesIO(b""), fields.kinds(predictor), file_format="text")
+        assert stream.predict_rows(predictor, rows, sink, fields, show=False) == Tally()
+    assert out.getvalue() == (tmp_path / "out.tsv").read_bytes() == b"row\tlabel\tprobability\ttruncated\terror\n"
+
+
 def test_labels_are_known_by_their_names_and_as_the_files_of_the_data_write_them(predictor, tmp_path):
     names = predictor.labels
     glue = copy.copy(predictor)
