@@ -234,26 +234,29 @@ def evaluate_run(
     split, groupings = split or config.eval.split, groupings or config.eval.groupings
     file = path / f"{NAME}{suffix(config, split, groupings, ensemble)}.json"
 
-    def before() -> dict[str, Any] | None:
-        if not file.exists() or predictions is not None:
-            return None
-        old = workdir.read_json(file)
-        usual = {"step": saved.chosen_step(path, config), "split": split, "groupings": groupings}
-        usual |= {"every_slot": config.eval.every_slot} if ensemble == 1 else {}
-        if any(old.get(name) != value for name, value in usual.items()) or "fingerprint" not in old:
-            return None
-        arrays = _examples(path, config, pipeline.Format.load(path), split, config.eval.examples)
-        if old["fingerprint"] != fingerprint(arrays):
-            return None
-        print(
-            f"{label}  step {old['step']} was scored before on the same examples: the numbers are those of {file}", flush=True
-        )
-        return old
-
-    if old := distributed.from_primary(before):
+    if predictions is None and (old := _before(path, config, file, split, groupings, ensemble)):
+        if distributed.is_primary():
+            step = old["step"]
+            print(f"{label}  step {step} was scored before on the same examples: the numbers are those of {file}", flush=True)
         return old
     options: dict[str, Any] = {"split": split, "groupings": groupings, "label": label, "predictions": predictions}
     run = load_run(path)
     result = evaluate(run, **options) if ensemble == 1 else evaluate_ensemble(run, ensemble, **options)
     distributed.on_primary(lambda: workdir.write_json(file, result))
     return result
+
+
+def _before(path: Path, config: Any, file: Path, split: str, groupings: int, ensemble: int) -> dict[str, Any] | None:
+    """The evaluation in `file`, if one of the run as it is now, done in this way, would give the same."""
+    wanted = {"step": saved.chosen_step(path, config), "split": split, "groupings": groupings}
+    wanted |= {"every_slot": config.eval.every_slot} if ensemble == 1 else {}
+
+    def fitting() -> dict[str, Any] | None:
+        old = workdir.read_json(file) if file.exists() else {}
+        same = all(old.get(name) == value for name, value in wanted.items())
+        return old if same and "fingerprint" in old else None  # Earlier versions did not keep one.
+
+    if (old := distributed.from_primary(fitting)) is None:
+        return None
+    arrays = distributed.primary_first(lambda: _examples(path, config, pipeline.Format.load(path), split, config.eval.examples))
+    return old if distributed.from_primary(lambda: old["fingerprint"] == fingerprint(arrays)) else None
