@@ -112,7 +112,8 @@ def test_one_odd_tag_does_not_switch_the_entities_off(tmp_path, capsys):
     for content, changes in ((GOOD * 20 + "typo B_LOC\n", {}), (GOOD + "typo B_LOC\n", {"name": "conll2003"})):
         line = len(content.splitlines())
         with pytest.raises(
-            InputError, match=rf"train.conll, line {line}: the tag 'B_LOC' is no part of an entity.*Correct the tag"
+            InputError,
+            match=rf"train.conll, line {line}: the tag 'B_LOC' is neither O nor a part of an entity.*Correct the tag",
         ):
             read(tmp_path, content, **changes)
     assert read(tmp_path, GOOD + "typo B_LOC\n")[1] == ("accuracy",)  # Three of four: they may be anything.

@@ -227,8 +227,8 @@ def _odd(sentences: Sequence[Sentence], odd: set[str]) -> str:
     )
     path, line, tag = next(one for one in where if one[2] in odd)
     return (
-        f"{path}, line {line}: the tag {tag!r} is no part of an entity, such as B-PER or I-PER, nor O, but "
-        f"{'those of this data set are' if len(odd) > 1 else 'the others are'}. Correct the tag, or take the sentence out."
+        f"{path}, line {line}: the tag {tag!r} is neither O nor a part of an entity, such as B-PER or I-PER, as the tags of these data "
+        "are. Correct the tag, take the sentence out, or name the column of the tags (data.label)."
     )
 
 
