@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
 from configs import muxbert
-from datamux_jax import experiment, plan_report, plan_search, planner, sharding, topology
+from datamux_jax import experiment, plan_report, plan_search, planner, program, sharding, topology
 from datamux_jax.errors import InputError
 from datamux_jax.planner import Estimate, Times
 from datamux_jax.program import Collective, Program
@@ -64,13 +66,13 @@ def test_collectives_are_counted_once_each_with_their_bytes_and_members():
 
 
 def test_loops_multiply_cycles_products_and_unpriced_results():
-    program = Program.read(PROGRAM)
-    assert program.loops()
-    assert program.cycles() == 12 * 100 + 7
-    assert program.flops() == 13 * 2 * (2 * 3 * 4) * 8  # The fusion in the loop, and the last one.
-    assert program.unpriced_bytes() == 12 * 32 + 64  # The sort, and a fusion without cycles; not what waits for others.
-    assert program.unknown() == 1  # Calls within fusions do not count.
-    assert program.uncounted() == 0
+    read = Program.read(PROGRAM)
+    assert read.loops()
+    assert read.cycles() == 12 * 100 + 7
+    assert read.flops() == 13 * 2 * (2 * 3 * 4) * 8  # The fusion in the loop, and the last one.
+    assert read.unpriced_bytes() == 12 * 32 + 64  # The sort, and a fusion without cycles; not what waits for others.
+    assert read.unknown() == 1  # Calls within fusions do not count.
+    assert read.uncounted() == 0
     endless = Program.read(PROGRAM.replace("direction=LT", "direction=NE"))
     assert (endless.uncounted(), endless.cycles()) == (1, 100 + 7)
 
@@ -86,6 +88,26 @@ ENTRY %main (p: bf16[2,128,256]) -> bf16[2,128,4,64] {
 """
     text = text.replace("bf16[256,4,64]", "bf16[256,4,64,1]")
     assert Program.read(text).flops() == 2 * 2 * 128 * 256 * 4 * 64
+
+
+def test_positions_of_a_window_are_those_that_trying_all_of_them_finds():
+    draw = random.Random(0)
+    for _ in range(2000):
+        size, kernel, out = (draw.randint(1, 9) for _ in range(3))
+        stride, lhs, rhs = (draw.randint(1, 6) for _ in range(3))
+        low = draw.randint(-12, 12)
+        places = [position * stride + element * rhs - low for element in range(kernel) for position in range(out)]
+        tried = sum(at in range(0, size * lhs, lhs) for at in places)
+        assert program._positions(size, kernel, out, low, stride, lhs, rhs) == tried, (size, kernel, out, low, stride, lhs, rhs)
+
+
+def test_a_window_as_wide_as_a_large_batch_is_counted_at_once():
+    """A batch as a spatial axis, as TPUs write attention: each group meets its own, once."""
+    groups = 2**17
+    began = time.monotonic()
+    assert program._positions(groups, groups, groups, 0, groups - 1, groups, groups - 1) == groups
+    assert program._positions(groups, groups, groups, groups - 1, 1, 1, 1) == groups * (groups + 1) // 2
+    assert time.monotonic() - began < 10
 
 
 def test_a_collective_takes_the_time_of_its_ring():
