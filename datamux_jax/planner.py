@@ -24,7 +24,7 @@ from datamux_jax.errors import InputError, choose
 from datamux_jax.plan import Plan, assemble
 from datamux_jax.program import Collective, Program
 from datamux_jax.refusal import refusal
-from datamux_jax.topology import HOST_CHIPS, HOST_SPEED, NoCompiler, Topology, devices_of
+from datamux_jax.topology import NoCompiler, Topology, devices_of
 
 BY_CYCLES = "the compiler's cycles"
 BY_ROOFLINE = "roofline of operations and bytes"
@@ -287,9 +287,10 @@ def _no_cache() -> Iterator[None]:
 def _times(program: Program, cost: dict[str, float], communication: list[Collective], topology: Topology) -> Times | None:
     """The best available guess of the time: cycles; a roofline, where the program has none."""
     chip = topology.chip
-    between = HOST_SPEED / HOST_CHIPS
     waits = {
-        overlapped: sum(one.seconds(topology.link_speed, between) for one in communication if one.overlapped == overlapped)
+        overlapped: sum(
+            one.seconds(topology.link_speed, chip.slice_speed) for one in communication if one.overlapped == overlapped
+        )
         for overlapped in (True, False)
     }
     optimal = None

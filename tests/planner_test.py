@@ -143,6 +143,25 @@ def test_links_of_slices_that_are_no_rings_count_once():
         assert topology.parse(name).link_speed == topology.CHIPS[name[: name.index(":")]].link_speed / 2
 
 
+def test_a_chip_has_the_speeds_of_its_generation():
+    """Bytes/s along an axis, both directions together, and to other slices ("How to Scale Your Model", TPU specs)."""
+    speeds = {name: (chip.link_speed, chip.slice_speed) for name, chip in topology.CHIPS.items()}
+    assert speeds == {"v4": (9e10, 6.25e9), "v5e": (9e10, 3.125e9), "v5p": (1.8e11, 6.25e9), "v6e": (1.8e11, 12.5e9)}
+
+
+def test_what_leaves_a_slice_takes_the_network_of_its_chip():
+    """Without loops and cycles in the program, what is left of its time is waiting."""
+    text = """
+ENTRY %main (p: f32[1000]) -> f32[1000] {
+  %sent = (f32[1000]{0}, u32[], token[]) send(%p), channel_id=9, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+    read = Program.read(text)
+    for name, speed in (("v5e:2x2", 3.125e9), ("v6e:2x2", 12.5e9), ("v5p:2x2x1", 6.25e9)):
+        times = planner._times(read, {}, read.collectives(), topology.parse(name, slices=2))
+        assert times.waiting == pytest.approx(4000 / speed)
+
+
 def test_machines_know_their_devices_and_clocks():
     assert topology.parse("v5e:16x16", slices=2).devices == 512
     assert topology.parse("v4:4x4x8").devices == 128
@@ -332,7 +351,10 @@ def test_slices_talk_through_their_hosts():
     assert found.devices == 8
     between = [one for one in found.collectives if one.kind.endswith("between slices")]
     assert between
-    assert found.times.waiting > sum(one.count * one.bytes for one in between) / topology.HOST_SPEED
+    alone = sum(one.count * one.bytes for one in between) / 3.125e9
+    inside = sum(one.seconds(4.5e10, 1.0) for one in found.collectives if one not in between and not one.overlapped)
+    assert not any(one.overlapped for one in between)
+    assert found.times.waiting == pytest.approx(alone + inside)
 
 
 @pytest.mark.slow
