@@ -42,8 +42,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.accumulation = 1  # Micro-batches that a batch is computed in; the update is that of the whole batch (dropout aside).
     # What a block keeps for the backward pass: "none" computes nothing again, "dots" all but products with parameters, "full" all.
     c.remat = "none"
-    # MiB of vocabulary logits that a device holds at a time. More are computed in pieces, each of them again for the backward pass.
-    c.logits_mib = 1024
+    # MiB of vocabulary logits and their gradient, in float32, that a device holds at a time. More are computed in pieces, each of them
+    # again for the backward pass.
+    c.logits_mib = 2048
     c.scan_layers = False  # Compile one encoder block instead of num_layers; costs a copy of the encoder's parameters a step.
     c.resume = ""  # Folder of a run whose whole state (optimizer and data position too) a new run continues.
     c.init_from = ""  # Folder of a run whose parameters a new run starts from; relative to the workdir first.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import concurrent.futures.process
+import functools
 import gc
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -16,6 +17,7 @@ from datamux_jax.errors import InputError
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 CALLS = 3
+Result = TypeVar("Result")
 
 
 def check() -> None:
@@ -55,7 +57,13 @@ def of_calls(make: Callable[[], Callable[[], Any]]) -> dict[str, int]:
     return found
 
 
-def in_own_process(function: Callable[..., dict[str, int]], *args: Any) -> dict[str, int]:
+@functools.cache
+def devices() -> int:
+    """Devices of this machine, counted by a process that ends: one that counts them itself takes them, and measures beside others."""
+    return in_own_process(jax.device_count)
+
+
+def in_own_process(function: Callable[..., Result], *args: Any) -> Result:
     """`function(*args)` in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -82,12 +82,13 @@ def groups_of(entries: Sequence[Entry], balance: str, settings: Settings) -> dic
             )
         return given
     # Every batch has a multiple of the devices of groups.
-    common = math.lcm(*(e.config.num_instances for e in entries)) * jax.device_count()
+    devices = benchmark_memory.devices() if settings.memory == "process" else jax.device_count()
+    common = math.lcm(*(e.config.num_instances for e in entries)) * devices
     total = settings.instances or -(-max(given.values()) // common) * common
     if total % common:
         numbers = ", ".join(map(str, sorted({e.config.num_instances for e in entries})))
         raise InputError(
-            f"--instances={total} is not a multiple of every number of instances ({numbers}) on {jax.device_count()} device(s). Give a "
+            f"--instances={total} is not a multiple of every number of instances ({numbers}) on {devices} device(s). Give a "
             f"multiple of {common}, or leave 'instances' out of --balance."
         )
     return {e.name: total // e.config.num_instances for e in entries}
@@ -104,6 +105,8 @@ def check_settings(entries: Sequence[Entry], settings: Settings, output: Path) -
     for flag, values, known in (("balance", settings.balances, BALANCES), ("scope", settings.scopes, SCOPES)):
         for value in values or ("",):
             choose(known, value, f"The value --{flag} =")
+        if len(set(values)) < len(values):
+            raise InputError(f"--{flag}={','.join(values)} names one twice, whose rows would be one. Name each once.")
     if settings.windows < 1 or not 0 < settings.seconds < math.inf or min(settings.batches, settings.instances) < 0:
         raise InputError(
             f"--windows={settings.windows}, --seconds={settings.seconds}, --batches={settings.batches}, "
@@ -127,6 +130,8 @@ def check_settings(entries: Sequence[Entry], settings: Settings, output: Path) -
         raise InputError(f"--output={output} holds a measurement, which is not overwritten. Choose another folder.")
     if output.exists() and not output.is_dir():
         raise InputError(f"--output={output} is a file. Choose a folder.")
+    if settings.profile and (problem := workdir.obstacle(settings.profile)):
+        raise InputError(f"--profile={settings.profile} cannot be written: {problem}. Choose another folder.")
     if settings.memory == "process":
         benchmark_memory.check()
     for entry in entries:
@@ -209,13 +214,13 @@ def run(entries: Sequence[Entry], settings: Settings, output: Path, about: dict[
     _measure_rows(entries, contents, timed, settings, write)
     if settings.breakdown:
         _measure_stages(entries, contents, timed, networks, settings)
-    if settings.profile:
-        ours = {f"{name}, equal {kind}": one.calls["device"] for (name, kind), one in timed.items() if name in networks}
-        breakdown.trace(settings.profile, ours)
     contents["machine"]["load_after"] = benchmark_report.load()
     contents["complete"] = True
     write()
     benchmark_report.write(output, contents)
+    if settings.profile:  # Last: a profiler that fails costs no measurement.
+        ours = {f"{name}, equal {kind}": one.calls["device"] for (name, kind), one in timed.items() if name in networks}
+        breakdown.trace(settings.profile, ours)
     return contents
 
 

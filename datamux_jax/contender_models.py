@@ -74,14 +74,20 @@ def torch_forward(module: Any, inputs: Any, mask: Any) -> np.ndarray:
         return np.asarray(module(torch.as_tensor(inputs), torch.as_tensor(mask)).numpy())
 
 
+def decay_groups(module: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters of a torch module by their decay: none for biases and LayerNorm, as `optimizer.decayed` has it."""
+    parts: dict[bool, list[Any]] = {True: [], False: []}
+    for name, value in module.named_parameters():
+        parts[not (name.endswith("bias") or "LayerNorm" in name)].append(value)
+    return [{"params": parts[True], "weight_decay": weight_decay}, {"params": parts[False], "weight_decay": 0.0}]
+
+
 def torch_update(module: Any, config: Any, *, bfloat16: bool) -> Callable[[Any, Any, Any], float]:
     """An AdamW step on the task loss, as ours: same clipping, decay and dropout; bfloat16 by autocast."""
     import torch
 
     o = config.optimizer
-    rule = torch.optim.AdamW(
-        module.parameters(), lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay
-    )
+    rule = torch.optim.AdamW(decay_groups(module, o.weight_decay), lr=o.learning_rate, betas=(o.b1, o.b2), eps=o.eps)
 
     def loss_of(logits: Any, label: Any) -> Any:
         if config.objective == "regression":

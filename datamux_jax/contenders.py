@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def entries(names: Sequence[str], config: Any, step: str) -> list[Entry]:
             _check(name, config, step)
             found.append(Entry(kind, kind, with_instances(config, 1)))
             continue
-        if not all(part.isdigit() and int(part) for part in (numbers or "1").split("+")):
+        if not all(re.fullmatch("[0-9]+", part) and int(part) for part in (numbers or "1").split("+")):
             raise InputError(f"--contenders={name}: {numbers!r} are no numbers of instances. Write them as in {kind}:1+2+5.")
         sized = config if kind == "plain" else smaller(config, kind)
         for n in map(int, (numbers or "1").split("+")):

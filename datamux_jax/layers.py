@@ -176,8 +176,9 @@ def by_heads(x: Array) -> Array:
 def attend(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
     """Softmax attention, `[B, L, heads, head_dim]`.
 
-    That of `jax.nn`, but on CPUs, where XLA takes two thirds of the time for another order of axes (8 rows of 128 tokens, 12 heads of
-    64, with gradients: 27 and 17 ms on 2 cores). For a v5e the compiler reckons 6% more for a training step with that.
+    That of `jax.nn`, as XLA has it (on GPUs no kernel of cuDNN), but on CPUs, where XLA takes two thirds of the time for another order
+    of axes (8 rows of 128 tokens, 12 heads of 64, with gradients: 27 and 17 ms on 2 cores). For a v5e the compiler reckons 6% more for
+    a training step with that.
 
     Args:
       q: queries, `[B, L, heads, head_dim]`.
@@ -205,7 +206,7 @@ def heads_first(q: Array, k: Array, v: Array, *masks: Array) -> Array:
 
 
 def attention_weights(q: Array, k: Array, allowed: Array | None) -> Array:
-    """The weights `[B, heads, L, L]` (query, key) of the fused attention, which returns none: its results for one-hot values.
+    """The weights `[B, heads, L, L]` (query, key) of `attend`, which returns none: its results for one-hot values.
 
     Values are as wide as a head, so the keys come in pieces.
 
@@ -252,7 +253,7 @@ class Attention(nn.Module):
         q, k, v = (by_heads(project(name)) for name in ("query", "key", "value"))
         allowed = None if mask is None else mask[..., None, None, :].astype(bool)
         if key is not None and spec.attention_dropout_rate > 0:
-            # The fused attention has no dropout; the published recipes train with it.
+            # `jax.nn.dot_product_attention` has no dropout; the published recipes train with it.
             y = nn.dot_product_attention(
                 q,
                 k,
@@ -265,7 +266,7 @@ class Attention(nn.Module):
             )
         else:
             y = attend(q, k, v, allowed)
-            if self.is_mutable_collection("intermediates"):  # Somebody looks inside; otherwise weights never exist as an array.
+            if self.is_mutable_collection("intermediates"):  # Somebody looks inside; `attend` returns no weights.
                 self.sow("intermediates", "weights", attention_weights(q, k, allowed))
         y = by_heads(y)
         return nn.DenseGeneral(

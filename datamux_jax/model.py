@@ -73,7 +73,7 @@ class MultiplexedTransformer(Network):
       classifier_form: layers of the classification head.
       pool: what sequence classification reads, a key of `POOLS`.
       retrieval_start: first position of the fed row that carries the retrieval loss.
-      logits_mib: MiB of vocabulary logits that a device holds at a time in training and scoring.
+      logits_mib: MiB of vocabulary logits and their gradient that a device holds at a time; scoring, without a gradient, holds half.
       attend_padding: attention in mixed rows also sees positions where all instances are padding (published code). If it does not,
         rows may be cut to their longest instance without changing a number, unless the multiplexer itself attends to padding.
     """
@@ -95,7 +95,7 @@ class MultiplexedTransformer(Network):
     classifier_form: HeadForm = HeadForm()
     pool: str = "first"
     retrieval_start: int = 0
-    logits_mib: float = 1024
+    logits_mib: float = 2048
     attend_padding: bool = False
 
     def setup(self) -> None:

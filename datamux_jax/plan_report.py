@@ -106,8 +106,10 @@ def comparison(rows: Sequence[Row], topology: Topology) -> str:
     body = [_cells(row, rows, topology) for row in rows]
     if not any(row.run for row in rows):
         head, body = head[1:], [cells[1:] for cells in body]
-    problems = [
-        f"{row.run or 'run'}, N = {row.config.num_instances}, {mesh_text(row)}: {row.problem}" for row in rows if row.problem
+    problems = [  # What lacks memory says so in its cell.
+        f"{row.run or 'run'}, N = {row.config.num_instances}, {mesh_text(row)}: {row.problem}"
+        for row in rows
+        if row.problem and row.lack is None
     ]
     return "\n".join([*report.table(head, body), *problems])
 
@@ -116,11 +118,13 @@ def _cells(row: Row, rows: Sequence[Row], topology: Topology) -> list[str]:
     config, found = row.config, row.estimate
     cells = [row.run, str(config.num_instances)]
     where = [mesh_text(row), str(config.accumulation)]
+    if row.refused and row.refused.used is not None and row.lack is not None:
+        return [*cells, "", *where, f"{row.refused.used / GIB:.2f}", f"no, {row.lack / GIB:.2f} GiB lack", *[""] * 7]
     if found is None:
-        return [*cells, "", *where, "", "no estimate", *[""] * 7]
+        return [*cells, "", *where, "", "no, too large" if row.too_large else "no estimate", *[""] * 7]
     cells += [str(found.instances // config.num_instances), *where, f"{found.memory['total'] / GIB:.2f}"]
     fits = "yes" if found.compiled else "not known"
-    cells += [fits if row.fits else f"no, {-found.left / GIB:.2f} lack", f"{found.flops / TERA:.3f}"]
+    cells += [fits if row.fits else f"no, {-found.left / GIB:.2f} GiB lack", f"{found.flops / TERA:.3f}"]
     if found.times is None or found.rate is None:
         return [*cells, *[""] * 6]
     times = found.times
@@ -179,4 +183,6 @@ def _entry(row: Row) -> dict[str, Any]:
     found = dataclasses.asdict(row.estimate) if row.estimate else None
     if row.estimate and found is not None:
         found["instances_per_second"] = row.estimate.rate
-    return {**about, "mesh": {axis: row.mesh[axis] for axis in sharding.AXES}, "problem": row.problem, "estimate": found}
+    refused = {"used": row.refused.used, "capacity": row.refused.capacity} if row.refused else None
+    about["mesh"] = {axis: row.mesh[axis] for axis in sharding.AXES}
+    return {**about, "problem": row.problem, "out_of_memory": refused, "lack": row.lack, "estimate": found}

@@ -13,6 +13,7 @@ from datamux_jax.config import with_instances
 from datamux_jax.errors import InputError, brief
 from datamux_jax.planner import Estimate
 from datamux_jax.progress import Progress
+from datamux_jax.refusal import OutOfMemory
 from datamux_jax.topology import Topology
 
 Estimator = Callable[[Any], Estimate]
@@ -28,6 +29,7 @@ class Row:
       estimate: None if there is none.
       problem: why there is none.
       seconds: that planning took.
+      refused: by the compiler, for it needs too much memory.
     """
 
     run: str
@@ -35,6 +37,7 @@ class Row:
     estimate: Estimate | None
     problem: str = ""
     seconds: float = 0.0
+    refused: OutOfMemory | None = None
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -43,6 +46,18 @@ class Row:
     @property
     def fits(self) -> bool:
         return self.estimate is not None and self.estimate.left >= 0
+
+    @property
+    def too_large(self) -> bool:
+        """Whether memory is what it lacks."""
+        return self.refused is not None or (self.estimate is not None and self.estimate.left < 0)
+
+    @property
+    def lack(self) -> int | None:
+        """Bytes that a device lacks; 0 for what fits, None where nothing says."""
+        if self.refused:
+            return self.refused.lack
+        return None if self.estimate is None else max(-self.estimate.left, 0)
 
 
 def with_mesh(config: Any, mesh: Mapping[str, int], accumulation: int | None = None) -> Any:
@@ -104,6 +119,19 @@ def candidates(
     return found
 
 
+def searched(runs: Mapping[str, Any], counts: Sequence[int], topology: Topology) -> list[tuple[str, Any]]:
+    """Every run with every N, on all meshes that `search` will try, checked before the first is compiled.
+
+    Raises:
+      InputError: one of them does not fit, or no mesh divides.
+    """
+    named = with_counts(runs, counts)
+    for _, config in named:
+        for mesh in meshes_of(config, topology):
+            planner.check(with_mesh(config, mesh, accumulation=1), "train", topology)
+    return named
+
+
 def meshes_of(config: Any, topology: Topology) -> list[dict[str, int]]:
     """All meshes of a machine that divide the sizes of a training step: batch, width (`fsdp`), heads and MLP (`tensor`).
 
@@ -150,11 +178,12 @@ def attempt(name: str, config: Any, estimator: Estimator) -> Row:
         return Row(name, config, estimator(config), seconds=time.monotonic() - began)
     except Exception as error:  # A compiler fails in many ways, and the next candidate may do.
         problem = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {brief(error)}"
-        return Row(name, config, None, problem, time.monotonic() - began)
+        refused = error if isinstance(error, OutOfMemory) else None
+        return Row(name, config, None, problem, time.monotonic() - began, refused)
 
 
 def search(name: str, config: Any, topology: Topology, estimator: Estimator) -> Iterator[Row]:
-    """Tries all meshes that divide, and on each more micro-batches for as long as fewer do not fit.
+    """Tries all meshes that divide, and on each more micro-batches for as long as fewer need too much memory.
 
     Raises:
       InputError: no mesh divides.
@@ -165,18 +194,26 @@ def search(name: str, config: Any, topology: Topology, estimator: Estimator) -> 
         for accumulation in micro_batches(with_mesh(config, mesh)):
             row = attempt(name, with_mesh(config, mesh, accumulation), estimator)
             yield row
-            if row.fits:
+            if not row.too_large:  # It fits, or fails for a reason that smaller batches share.
                 break
         progress.update(done)
     progress.close()
 
 
 def ranked(rows: Iterable[Row]) -> list[Row]:
-    """Those that fit, most instances a second first; then those that do not, closest first; then those without an estimate."""
+    """Those that fit, most instances a second first; then those too large, closest first; then those of which nothing is known."""
 
     def key(row: Row) -> tuple[int, float]:
-        if row.estimate is None:
-            return 2, 0.0
-        return (0, -(row.estimate.rate or 0.0)) if row.fits else (1, float(-row.estimate.left))
+        if row.estimate is not None and row.fits:
+            return 0, -(row.estimate.rate or 0.0)
+        if row.lack is not None:
+            return 1, row.lack
+        return (2 if row.too_large else 3), 0.0
 
     return sorted(rows, key=key)
+
+
+def check_any(rows: Sequence[Row]) -> None:
+    """Raises InputError if no plan tells anything: each failed, and not for the size of its memory."""
+    if all(row.estimate is None and not row.too_large for row in rows):
+        raise InputError(f"None of {len(rows)} plans could be made. The first: {rows[0].problem}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,8 @@ from datamux_jax.data.tokenizers import tokens_behind
 from datamux_jax.errors import InputError, choose
 from datamux_jax.plan import Plan, assemble
 from datamux_jax.program import Collective, Program
-from datamux_jax.topology import HOST_CHIPS, HOST_SPEED, NoCompiler, Topology, devices_of
+from datamux_jax.refusal import refusal
+from datamux_jax.topology import NoCompiler, Topology, devices_of
 
 BY_CYCLES = "the compiler's cycles"
 BY_ROOFLINE = "roofline of operations and bytes"
@@ -221,7 +221,8 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
       step: key of `STEPS`.
 
     Raises:
-      InputError: the compiler refuses the step; most often it does not fit into memory.
+      OutOfMemory: the step does not fit into memory.
+      InputError: the compiler refuses the step for another reason.
     """
     if isinstance(plan.mesh, jax.sharding.AbstractMesh):
         return _uncompiled(plan, topology, step)
@@ -233,7 +234,7 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
         with _no_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _refused(error, topology) from error
+        raise refusal(error, topology) from error
     used = compiled.memory_analysis()
     memory = {
         _arguments(step): used.argument_size_in_bytes,
@@ -283,23 +284,13 @@ def _no_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _refused(error: Exception, topology: Topology | None) -> InputError:
-    found = re.search(r"Used (\S+) of (\S+) hbm\. Exceeded hbm capacity by (\S+?)\.?\s", str(error))
-    why = " ".join(str(error).split())[:300]
-    if found:
-        why = f"it needs {found[1]} of the {found[2]} that a device has, {found[3]} too much"
-    return InputError(
-        f"The step does not compile for {topology or 'these devices'}: {why}. Use more chips, a larger mesh.fsdp or mesh.tensor, "
-        "accumulation, remat = 'full', or fewer batch_groups."
-    )
-
-
 def _times(program: Program, cost: dict[str, float], communication: list[Collective], topology: Topology) -> Times | None:
     """The best available guess of the time: cycles; a roofline, where the program has none."""
     chip = topology.chip
-    between = HOST_SPEED / HOST_CHIPS
     waits = {
-        overlapped: sum(one.seconds(topology.link_speed, between) for one in communication if one.overlapped == overlapped)
+        overlapped: sum(
+            one.seconds(topology.link_speed, chip.slice_speed) for one in communication if one.overlapped == overlapped
+        )
         for overlapped in (True, False)
     }
     optimal = None

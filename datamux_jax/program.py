@@ -13,6 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
 WORK = ("fusion", "sort", "gather", "scatter", "reduce-window", "dynamic-slice", "dynamic-update-slice", "convolution")
@@ -256,10 +258,17 @@ def _multiplications(left: list[int], right: list[int], out: list[int], text: st
 
 
 def _positions(size: int, kernel: int, out: int, low: int, stride: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Pairs of a kernel element and an output position, along one axis, that meet an element of the input."""
-    found = 0
-    for element in range(kernel):
-        for position in range(out):
-            at = position * stride + element * rhs_dilate - low
-            found += 0 <= at < (size - 1) * lhs_dilate + 1 and at % lhs_dilate == 0
-    return found
+    """Pairs of a kernel element and an output position, along one axis, that meet an element of the input.
+
+    Batched products are convolutions whose window is the batch, of tens of thousands: positions are reckoned, not tried. Output `p`
+    and kernel element `e` meet place `p * stride + e * rhs_dilate - low` of the input, whose elements stand at multiples of
+    `lhs_dilate`. So those of one `e` are an interval of `p`, of which one in `every` counts.
+    """
+    offset = low - np.arange(kernel, dtype=np.int64) * rhs_dilate
+    common = math.gcd(stride, lhs_dilate)
+    every = lhs_dilate // common
+    first = np.maximum(-(-offset // stride), 0)
+    last = np.minimum(((size - 1) * lhs_dilate + offset) // stride, out - 1)
+    start = offset // common * pow(stride // common, -1, every) % every  # p * stride = offset, modulo lhs_dilate.
+    found = (last - start) // every - (first - 1 - start) // every
+    return int(np.where(offset % common == 0, np.maximum(found, 0), 0).sum())

@@ -16,8 +16,9 @@ from datamux_jax.errors import InputError
 class Chip:
     """A generation of TPUs. JAX sees a chip as one device.
 
-    Sources: memory, its speed, links and peaks from "How to Scale Your Model" (jax-ml.github.io/scaling-book, "TPU specs") and
-    Google's documentation of the generations. The clock is the peak over what the matrix units do in a cycle.
+    Sources: memory, its speed, links, peaks and the network between slices from "How to Scale Your Model"
+    (jax-ml.github.io/scaling-book, "TPU specs") and Google's documentation of the generations. The clock is the peak over what the
+    matrix units do in a cycle.
 
     Attributes:
       memory: bytes.
@@ -25,6 +26,7 @@ class Chip:
       units: FLOP a cycle of all matrix units.
       memory_speed: bytes/s to and from memory.
       link_speed: bytes/s that leave a chip along one axis of the machine, in both directions together.
+      slice_speed: bytes/s that leave a chip towards other slices: its share of its host's network.
       axes: of the machine, 2 or 3.
       pod: the largest machine.
       options: for libtpu. Without them it offers the two cores of a v4 by themselves; JAX has them joined.
@@ -35,6 +37,7 @@ class Chip:
     units: int
     memory_speed: float
     link_speed: float
+    slice_speed: float
     axes: int
     pod: tuple[int, ...]
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -47,16 +50,14 @@ class Chip:
 
 MXU = 2 * 128 * 128  # FLOP a cycle of one matrix unit; v6e's are 256 wide.
 CHIPS = {
-    "v4": Chip(32 * 2**30, 275e12, 8 * MXU, 1.2e12, 9e10, 3, (16, 16, 16), {"chip_config_name": "megacore"}),
-    "v5e": Chip(16 * 2**30, 197e12, 4 * MXU, 0.81e12, 1e11, 2, (16, 16)),
-    "v5p": Chip(95 * 2**30, 459e12, 8 * MXU, 2.8e12, 2e11, 3, (16, 20, 28)),
-    "v6e": Chip(32 * 2**30, 918e12, 16 * MXU, 1.6e12, 2e11, 2, (16, 16)),
+    "v4": Chip(32 * 2**30, 275e12, 8 * MXU, 1.2e12, 9e10, 6.25e9, 3, (16, 16, 16), {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * 2**30, 197e12, 4 * MXU, 0.81e12, 9e10, 3.125e9, 2, (16, 16)),
+    "v5p": Chip(95 * 2**30, 459e12, 8 * MXU, 2.8e12, 1.8e11, 6.25e9, 3, (16, 20, 28)),
+    "v6e": Chip(32 * 2**30, 918e12, 16 * MXU, 1.6e12, 1.8e11, 12.5e9, 2, (16, 16)),
 }
 # What Google Cloud offers: of two axes these, of three axes these and all whose axes are multiples of 4.
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SMALL = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-HOST_SPEED = 2.5e10  # Bytes/s that leave a host towards other slices (the same source).
-HOST_CHIPS = 4
 
 
 # Elsewhere than on Google Cloud libtpu would ask for metadata, wait, and complain. Nothing is run: other processes may plan, or train,

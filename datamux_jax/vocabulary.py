@@ -14,18 +14,21 @@ from datamux_jax.layers import Array
 from datamux_jax.model import MultiplexedTransformer, call
 
 FLOAT32 = 4
+COPIES = 2  # The backward pass holds logits and their gradient together.
 
 
-def pieces(model: MultiplexedTransformer, groups: int, positions: int) -> int:
-    """In how many pieces logits are computed, so that a device holds `model.logits_mib` MiB of them at a time.
+def piece_size(model: MultiplexedTransformer, groups: int, positions: int) -> int:
+    """Positions of every group whose logits are computed at a time: a device holds `model.logits_mib` MiB of them and their gradient.
+
+    One at least, so with many groups a device and a large vocabulary it holds more.
 
     Args:
       model: the network.
       groups: `B`, of all devices.
       positions: `P`, of a group.
     """
-    held = sharding.held(groups) * positions * model.vocab_size * FLOAT32
-    return min(positions, math.ceil(held / (model.logits_mib * 2**20)))
+    each = sharding.held(groups) * model.vocab_size * FLOAT32 * COPIES
+    return min(positions, max(1, int(model.logits_mib * 2**20 // each)))
 
 
 def cross_entropy(
@@ -53,14 +56,13 @@ def cross_entropy(
         return optax.softmax_cross_entropy_with_integer_labels(logits, target), best == target, token
 
     groups, positions = target_BxP.shape
-    count = pieces(model, groups, positions)
+    size = piece_size(model, groups, positions)
     arrays = (states_BxPxD, target_BxP, sample_keys_BxP)
-    if count == 1:
+    if size == positions:
         return piece(params, *arrays)
-    size = math.ceil(positions / count)
-    index = jnp.minimum(jnp.arange(count * size), positions - 1).reshape(
-        count, size
-    )  # The last piece repeats the last position.
+    count = math.ceil(positions / size)
+    # The last piece repeats the last position.
+    index = jnp.minimum(jnp.arange(count * size), positions - 1).reshape(count, size)
     again = jax.checkpoint(piece, prevent_cse=False)
     _, outputs = jax.lax.scan(lambda carry, at: (carry, again(params, *jax.tree.map(lambda x: x[:, at], arrays))), None, index)
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(groups, -1)[:, :positions], outputs)

@@ -57,7 +57,12 @@ def main(argv: Sequence[str]) -> None:
     if SEARCH.value and meshes:
         raise InputError("--search tries all meshes, so --mesh has no place beside it. Leave one of them out.")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    _refuse_lost(overrides, "--search" if SEARCH.value else "--mesh" if meshes else "")
     runs = experiment.expand(CONFIG.value, overrides)
+    if SEARCH.value:
+        chosen = plan_search.searched(runs, counts, machine)
+    else:
+        chosen = plan_search.candidates(runs, counts, meshes, machine, STEP.value)
     try:
         topology.devices_of(machine)
     except topology.NoCompiler as error:
@@ -67,12 +72,38 @@ def main(argv: Sequence[str]) -> None:
             ) from error
         print(plan_report.NO_COMPILER, flush=True)
     rows: list[Row] = []
-    for row in _rows(runs, counts, meshes, machine):
-        rows.append(row)
-        if file:  # As they come: a long search may be stopped.
-            plan_report.write_json(file, rows, machine, STEP.value)
+    try:
+        for row in _rows(chosen, machine):
+            rows.append(row)
+            if file:  # As they come: a long search may be stopped.
+                plan_report.write_json(file, rows, machine, STEP.value)
+    except KeyboardInterrupt:
+        if rows:
+            print(f"\nInterrupted after {len(rows)} plans:", flush=True)
+            _show(rows, machine, table=True)
+        raise
+    _show(rows, machine, table=len(rows) > 1)
+    plan_search.check_any(rows)
+
+
+def _refuse_lost(overrides: dict[str, Any], flag: str) -> None:
+    """Raises InputError if the command line sets a config key that `flag` sets anew in every plan."""
+    from datamux_jax.errors import InputError
+
+    keys = [key for key in overrides if key.startswith("mesh.") or (flag == "--search" and key == "accumulation")]
+    if flag and keys:
+        given = ", ".join(f"--config.{key}={overrides[key]}" for key in keys)
+        what = "all meshes, and numbers of micro-batches" if flag == "--search" else "the meshes that it lists"
+        raise InputError(f"{flag} plans {what}, so {given} would be lost. Leave one of the two out.")
+
+
+def _show(rows: list[Row], machine: Topology, table: bool) -> None:
+    """Prints plans as a table, or one in full."""
+    from datamux_jax import plan_report, plan_search
+    from datamux_jax.errors import InputError
+
     print(f"{STEP.value} on {machine}; estimates, nothing is measured:", flush=True)
-    if len(rows) > 1:
+    if table:
         print(plan_report.comparison(plan_search.ranked(rows) if SEARCH.value else rows, machine), flush=True)
         return
     if rows[0].estimate is None:
@@ -80,17 +111,14 @@ def main(argv: Sequence[str]) -> None:
     print(plan_report.details(rows[0], rows[0].estimate, machine), flush=True)
 
 
-def _rows(runs: dict[str, Any], counts: Sequence[int], meshes: Sequence[dict[str, int]], machine: Topology) -> Iterator[Row]:
+def _rows(chosen: Sequence[tuple[str, Any]], machine: Topology) -> Iterator[Row]:
     from datamux_jax import plan_search
 
     estimator = functools.partial(_estimate, machine)
     if not SEARCH.value:
-        yield from plan_search.sweep(plan_search.candidates(runs, counts, meshes, machine, STEP.value), estimator)
+        yield from plan_search.sweep(chosen, estimator)
         return
-    named = plan_search.with_counts(runs, counts)
-    for _, config in named:
-        plan_search.meshes_of(config, machine)  # Refuses, before the first is compiled.
-    for name, config in named:
+    for name, config in chosen:
         yield from plan_search.search(name, config, machine, estimator)
 
 

@@ -4,6 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from datamux_jax import (
     benchmark_report,
     benchmark_run,
     breakdown,
+    contender_models,
     contenders,
     experiment,
     workdir,
@@ -24,7 +28,7 @@ from datamux_jax.benchmark_networks import Entry, Network, Timed, smaller
 from datamux_jax.config import with_instances
 from datamux_jax.errors import InputError
 from tests.conftest import small_config, text_config
-from tests.launch_test import assert_refused, run
+from tests.launch_test import ROOT, assert_refused, run
 
 SETTINGS = benchmark_run.Settings(scopes=("device", "end_to_end"), windows=2, seconds=0.0001, batches=1)
 ABOUT = {"title": "Small", "command": "python -m launch.benchmark", "results": []}
@@ -131,6 +135,45 @@ def test_what_was_measured_before_a_kill_stays(no_networks, tmp_path, monkeypatc
     assert [len(row["windows"]) for row in saved["rows"]] == [1] * 8
 
 
+def test_a_profiler_that_fails_costs_no_measurement(no_networks, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(breakdown, "trace", broken)
+    settings = dataclasses.replace(SETTINGS, profile=tmp_path / "trace")
+    with pytest.raises(RuntimeError, match="no profiler"):
+        benchmark_run.run([entry(1)], settings, tmp_path / "out", ABOUT)
+    assert workdir.read_json(tmp_path / "out" / "benchmark.json")["complete"]
+    assert (tmp_path / "out" / "benchmark.md").exists()
+
+
+# Says, whenever a process is to be started, whether this one has taken the device.
+TAKEN = """
+import dataclasses, pathlib, sys
+from jax._src import xla_bridge
+from configs import benchmark
+from datamux_jax import benchmark_memory, benchmark_run, experiment
+
+def started(function, *args):
+    print(xla_bridge.backends_are_initialized(), flush=True)
+    if getattr(function, "__name__", "") == "alone" and args[-1] == 2:  # The last one: N = 4, equal instances.
+        sys.exit()
+    return {} if args else 1
+
+benchmark_memory.in_own_process = started
+entries = benchmark_run.own_entries(experiment.expand(benchmark.get_config("1x64,n=1+4,length=16,groups=8")), "predict")
+benchmark_run.run(entries, benchmark_run.Settings(memory="process"), pathlib.Path(sys.argv[1]), {})
+"""
+
+
+def test_the_device_is_free_when_processes_start_that_measure_their_memory(tmp_path):
+    command = [sys.executable, "-c", TAKEN, str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line in ("True", "False")]
+    assert said == ["False"] * (1 + 4)  # How many devices there are; then two networks at two balances.
+
+
 def test_a_network_its_stages_and_the_predictor_say_the_same():
     network = Network(entry(2), "predict")
     timed = network.timed(4)
@@ -199,6 +242,7 @@ def test_a_missing_package_is_refused_with_the_way_to_get_it(monkeypatch):
     [
         ("tensorflow", {}, "predict", "'tensorflow' does not exist. Choose one of: narrow"),
         ("narrow:two", {}, "predict", "'two' are no numbers of instances"),
+        ("narrow:²", {}, "predict", "'²' are no numbers of instances"),
         ("torch:2", {}, "predict", "this network mixes nothing. Write torch"),
         ("onnx", {}, "train", "cannot train"),
         ("torch", {"model.family": "electra"}, "predict", "model.family = 'electra'"),
@@ -224,6 +268,9 @@ def test_contenders_that_cannot_be_are_refused(monkeypatch, name, changes, step,
         ({"balances": ("groups",), "instances": 40}, "--instances=40 is for --balance=instances, which is not measured"),
         ({"scopes": ("device",), "batches": 3}, "--batches=3 is for --scope=end_to_end, which is not measured"),
         ({"step": "train", "breakdown": True}, "Leave out --breakdown"),
+        ({"balances": ("groups", "groups")}, "--balance=groups,groups names one twice"),
+        ({"scopes": ("device", "end_to_end", "device")}, "--scope=device,end_to_end,device names one twice"),
+        ({"profile": Path(__file__)}, r"--profile=.*_test\.py cannot be written: this is a file"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path, changes, message):
@@ -280,6 +327,21 @@ def test_contenders_compute_what_our_plain_network_computes(kind, task):
         other.forward = lambda inputs, mask: np.float32(0)
         with pytest.raises(InputError, match="is not the same network"):
             contenders.agreement(other, plain)
+
+
+def test_torch_leaves_out_of_decay_what_we_leave_out():
+    torch = pytest.importorskip("torch")
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.LayerNorm = torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)
+
+    module = Layer()
+    decaying, rest = contender_models.decay_groups(module, 0.1)
+    assert (decaying["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert [value is module.dense.weight for value in decaying["params"]] == [True]
+    assert len(rest["params"]) == 3
 
 
 @pytest.mark.slow

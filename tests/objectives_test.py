@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from datamux_jax import corruption, losses, metrics, optimizer
+from datamux_jax import corruption, losses, metrics, optimizer, vocabulary
 from datamux_jax.build import build, build_generator
 from datamux_jax.families import SpecialTokens
 from datamux_jax.losses import draw_retrieval, every_retrieval, retrieval_loss
@@ -239,12 +239,40 @@ def test_logits_in_pieces_give_the_same_loss_and_gradients_and_never_exist_as_a_
         loss = OBJECTIVES[objective](network, config, build_generator(config, network))
         return jax.value_and_grad(lambda params: loss(params, batch, RNGS, True), has_aux=True)
 
-    largest = 2 * B * V * 4  # Bytes of the logits at two positions of every group.
-    whole, pieces = differentiated(1024), differentiated(largest / 2**20)
+    largest = 2 * B * V * 4  # Bytes of the logits at two positions of every group; their gradient has as many.
+    whole, pieces = differentiated(2048), differentiated(2 * largest / 2**20)
     for expected, got in zip(*(jax.tree.leaves(jax.jit(f)(params)) for f in (whole, pieces)), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-6)
     sizes = [[int(np.prod(s)) for s in shapes_over_vocabulary(jax.make_jaxpr(f)(params))] for f in (whole, pieces)]
     assert max(sizes[1]) * 4 <= largest < max(sizes[0]) * 4
+
+
+@pytest.mark.parametrize(("bound", "size"), [(2.5, 2), (1.9, 1), (0.5, 1), (4.0, 4), (5.0, 5), (99, 5)])
+def test_pieces_are_rounded_so_that_logits_and_gradient_keep_the_bound(bound, size):
+    """`bound` in positions: 5 of them in two pieces would be 3 and 2, which 2.5 has no room for."""
+    _, model, _ = make(objective="mlm")
+    mib = bound * B * V * 4 * 2 / 2**20
+    assert vocabulary.piece_size(model.clone(parent=None, logits_mib=mib), B, 5) == size
+
+
+def test_training_holds_no_more_for_the_vocabulary_than_the_bound():
+    """Temporaries of the compiled gradient, by the compiler, beside those of the smallest pieces."""
+    groups, positions, width, size = 8, 64, 16, 2048
+    config = text_config(1, objective="mlm", model__hidden_size=width, model__embedding_size=width)
+    model = build(config, num_classes=0, vocab_size=size, max_length=positions, tokens=TOKENS)
+    params = fresh_params(model, (1, 1, positions))
+    states = jax.ShapeDtypeStruct((groups, positions, width), jnp.float32)
+    target = jax.ShapeDtypeStruct((groups, positions), jnp.int32)
+
+    def temporaries(mib):
+        network = model.clone(parent=None, logits_mib=mib)
+        gradient = jax.grad(lambda p, *arrays: vocabulary.cross_entropy(network, p, *arrays)[0].sum(), argnums=(0, 1))
+        return jax.jit(gradient).lower(params, states, target).compile().memory_analysis().temp_size_in_bytes
+
+    least = temporaries(0.001)  # One position: 64 KiB of logits.
+    for mib in (1.0, 2.0, 3.8):
+        assert temporaries(mib) - least < mib * 2**20, mib
+    assert temporaries(64) - least > 4 * 2**20  # All of them.
 
 
 def shapes_over_vocabulary(program):

@@ -185,7 +185,7 @@ def test_another_config_is_refused_with_the_difference(digits_run):
 
 
 def test_what_changes_no_number_may_change(digits_run):
-    train(small_config(log_every=3), digits_run)
+    train(small_config(log_every=3, logits_mib=7), digits_run)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
