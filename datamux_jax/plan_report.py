@@ -35,15 +35,15 @@ def details(row: Row, found: Estimate, topology: Topology, largest: int = 12) ->
     micro = f" in {config.accumulation} micro-batches" if config.accumulation > 1 else ""
     what = f"{groups} groups of N = {config.num_instances}{micro}, {found.positions} positions; {found.parameters:,} parameters"
     lines = [f"{found.devices} chips ({mesh_text(row, ', ')}); {what}"]
-    lines += [f"  {name:<30} {size / GIB:8.2f} GiB a chip" for name, size in found.memory.items()]
+    lines += [f"  {name:<31} {size / GIB:8.2f} GiB a chip" for name, size in found.memory.items()]
     if found.capacity:
         verdict = (
             f"fits, {found.left / GIB:.2f} GiB left" if found.left >= 0 else f"does not fit, by {-found.left / GIB:.2f} GiB"
         )
         lines.append(
-            f"  {'of':<30} {found.capacity / GIB:8.2f} GiB: {verdict}" + ("" if found.compiled else ", activations apart")
+            f"  {'of':<31} {found.capacity / GIB:8.2f} GiB: {verdict}" + ("" if found.compiled else ", activations apart")
         )
-    lines.append(f"  {'matrix products':<30} {found.flops / TERA:8.3f} TFLOP a chip")
+    lines.append(f"  {'matrix products':<31} {found.flops / TERA:8.3f} TFLOP a chip")
     if found.times:
         lines += _times(found, topology)
     if found.uncounted_loops:
@@ -75,7 +75,7 @@ def _times(found: Estimate, topology: Topology) -> list[str]:
     ]
     if times.optimal is not None:
         parts.append(("  the compiler's optimum", times.optimal, ", were every operation at peak or memory speed, alone"))
-    return [f"  {name:<30} {1000 * seconds:8.2f} ms{text}" for name, seconds, text in parts]
+    return [f"  {name:<31} {1000 * seconds:8.2f} ms{text}" for name, seconds, text in parts]
 
 
 def mesh_text(row: Row, between: str = " ") -> str:
