@@ -72,7 +72,7 @@ def model_of(family: str, size: str) -> dict:
     if f"{family}_{size}" in models.SIZES:
         return models.SIZES[f"{family}_{size}"]
     layers, _, width = size.partition("x")
-    if not (layers.isdigit() and width.isdigit() and int(layers) and int(width) % 64 == 0 and int(width)):
+    if not (layers.isdecimal() and width.isdecimal() and int(layers) and int(width) % 64 == 0 and int(width)):
         known = ", ".join(name.removeprefix(family + "_") for name in models.SIZES if name.startswith(family))
         raise InputError(
             f"The size {size!r} does not exist. Choose one of {known}, or LAYERSxWIDTH with a width that is a multiple of 64, "

@@ -187,20 +187,19 @@ def attend(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
       allowed: true where a key may be attended to, broadcast against `[B, heads, L, L]` (query, key); None: everywhere. Where nothing
         may, all weights are equal.
     """
-    masks = () if allowed is None else (allowed,)
 
-    def of_jax(q: Array, k: Array, v: Array, *masks: Array) -> Array:
-        return jax.nn.dot_product_attention(q, k, v, mask=masks[0] if masks else None)
+    def of_jax(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=allowed)
 
-    return cast(Array, jax.lax.platform_dependent(q, k, v, *masks, cpu=heads_first, default=of_jax))
+    return cast(Array, jax.lax.platform_dependent(q, k, v, allowed, cpu=heads_first, default=of_jax))
 
 
-def heads_first(q: Array, k: Array, v: Array, *masks: Array) -> Array:
+def heads_first(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
     """The function of `jax.nn.dot_product_attention`, with heads before positions; scores and weights are float32 or wider."""
     q, k, v = (jnp.swapaxes(x, -3, -2) for x in (q * q.shape[-1] ** -0.5, k, v))
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=wide)
-    for allowed in masks:
+    if allowed is not None:
         scores = jnp.where(allowed, scores, jnp.finfo(wide).min)
     return jnp.swapaxes(jnp.einsum("...ts,...sd->...td", nn.softmax(scores).astype(v.dtype), v), -3, -2)
 

@@ -81,7 +81,7 @@ class Multiplexed(nn.Module):
         """The backbone's output for mixed inputs, `[B, *out]`; arguments and errors as `__call__`."""
         mixed = self.mix(x_BxN, **_flags(kwargs))
         # A flag that only others have is none of the backbone's; what nobody has is refused by it.
-        elsewhere = {name for name in FLAGS for part in (self.mux, self.demux, self.head) if name in _arguments(part)}
+        elsewhere = {name for name in _flags(kwargs) for part in (self.mux, self.demux, self.head) if name in _arguments(part)}
         own = {name: value for name, value in kwargs.items() if name not in elsewhere - _arguments(self.backbone)}
         made = "" if self.mux is None else f", which the mux {_name(self.mux)} made of inputs {_instances(x_BxN)}"
         h = self._fitting(

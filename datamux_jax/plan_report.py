@@ -15,6 +15,7 @@ from datamux_jax.planner import Estimate
 from datamux_jax.topology import Topology
 
 GIB, MIB, TERA = 2**30, 2**20, 1e12
+LABEL = 31  # Columns of what a number is.
 NO_COMPILER = (
     "libtpu is not installed, so nothing was compiled: below is what shapes and shardings alone tell. Activations, communication and "
     "time are not known. pip install libtpu gives them."
@@ -35,15 +36,15 @@ def details(row: Row, found: Estimate, topology: Topology, largest: int = 12) ->
     micro = f" in {config.accumulation} micro-batches" if config.accumulation > 1 else ""
     what = f"{groups} groups of N = {config.num_instances}{micro}, {found.positions} positions; {found.parameters:,} parameters"
     lines = [f"{found.devices} chips ({mesh_text(row, ', ')}); {what}"]
-    lines += [f"  {name:<31} {size / GIB:8.2f} GiB a chip" for name, size in found.memory.items()]
+    lines += [f"  {name:<{LABEL}} {size / GIB:8.2f} GiB a chip" for name, size in found.memory.items()]
     if found.capacity:
         verdict = (
             f"fits, {found.left / GIB:.2f} GiB left" if found.left >= 0 else f"does not fit, by {-found.left / GIB:.2f} GiB"
         )
         lines.append(
-            f"  {'of':<31} {found.capacity / GIB:8.2f} GiB: {verdict}" + ("" if found.compiled else ", activations apart")
+            f"  {'of':<{LABEL}} {found.capacity / GIB:8.2f} GiB: {verdict}" + ("" if found.compiled else ", activations apart")
         )
-    lines.append(f"  {'matrix products':<31} {found.flops / TERA:8.3f} TFLOP a chip")
+    lines.append(f"  {'matrix products':<{LABEL}} {found.flops / TERA:8.3f} TFLOP a chip")
     if found.times:
         lines += _times(found, topology)
     if found.uncounted_loops:
@@ -75,7 +76,7 @@ def _times(found: Estimate, topology: Topology) -> list[str]:
     ]
     if times.optimal is not None:
         parts.append(("  the compiler's optimum", times.optimal, ", were every operation at peak or memory speed, alone"))
-    return [f"  {name:<31} {1000 * seconds:8.2f} ms{text}" for name, seconds, text in parts]
+    return [f"  {name:<{LABEL}} {1000 * seconds:8.2f} ms{text}" for name, seconds, text in parts]
 
 
 def mesh_text(row: Row, between: str = " ") -> str:
@@ -118,13 +119,14 @@ def _cells(row: Row, rows: Sequence[Row], topology: Topology) -> list[str]:
     config, found = row.config, row.estimate
     cells = [row.run, str(config.num_instances)]
     where = [mesh_text(row), str(config.accumulation)]
-    if row.refused and row.refused.used is not None and row.lack is not None:
-        return [*cells, "", *where, f"{row.refused.used / GIB:.2f}", f"no, {row.lack / GIB:.2f} GiB lack", *[""] * 7]
+    lacking = "no, too large" if row.lack is None else f"no, {row.lack / GIB:.2f} GiB lack"
+    if row.refused and row.refused.used is not None:
+        return [*cells, "", *where, f"{row.refused.used / GIB:.2f}", lacking, *[""] * 7]
     if found is None:
-        return [*cells, "", *where, "", "no, too large" if row.too_large else "no estimate", *[""] * 7]
+        return [*cells, "", *where, "", lacking if row.too_large else "no estimate", *[""] * 7]
     cells += [str(found.instances // config.num_instances), *where, f"{found.memory['total'] / GIB:.2f}"]
     fits = "yes" if found.compiled else "not known"
-    cells += [fits if row.fits else f"no, {-found.left / GIB:.2f} GiB lack", f"{found.flops / TERA:.3f}"]
+    cells += [fits if row.fits else lacking, f"{found.flops / TERA:.3f}"]
     if found.times is None or found.rate is None:
         return [*cells, *[""] * 6]
     times = found.times

@@ -25,7 +25,7 @@ def steps(run: Path) -> list[int]:
     folder = run / FOLDER
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def newest_step(run: Path) -> int | None:

@@ -138,6 +138,7 @@ def test_changed_text_is_not_mistaken_for_the_same(books, tmp_path):
     ("argument", "message"),
     [
         ("n=2", r"pre-training reads one of them"),
+        ("²x64,files=x", r"size '²x64' does not exist"),
         ("huge,files=x", r"size 'huge' does not exist. Choose one of small, base, large, or LAYERSxWIDTH"),
         ("4x100,files=x", r"multiple of 64"),
         ("n=2,files=x,stage=mlm", r"stage='mlm' does not exist"),

@@ -155,9 +155,7 @@ class Delimited(_OfLines):
         fields, problem = self.split(content)
         if self.wanted and len(fields) != self.wanted:
             problem = problem or f"has {len(fields)} fields, but the header names {self.wanted}"
-            fields = (
-                fields[: self.wanted] if len(fields) < self.wanted else []
-            )  # Of surplus fields nobody knows which they are.
+            fields = fields if len(fields) < self.wanted else []  # With surplus ones nobody knows which is which.
         return dict(zip(self.names, fields, strict=False)), problem
 
 
