@@ -61,6 +61,12 @@ class Multiplexed(nn.Module):
     num_instances: int
     head: nn.Module | None = None
 
+    def __post_init__(self) -> None:
+        for role in ("mux", "backbone", "demux", "head"):
+            if isinstance(part := getattr(self, role), type):
+                raise InputError(f"{role} = {part.__name__} is a class. Give a module of it: {role} = {part.__name__}(...).")
+        super().__post_init__()
+
     def __call__(self, x_BxN: Array, *args: Any, **kwargs: Any) -> Array:
         """
         Args:

@@ -122,7 +122,7 @@ def _notes(contents: dict[str, Any], groups: int) -> list[str]:
     if throughput:
         notes.append(
             f"Instances/s: predictions, {groups} mixed rows a call, on {_machine()}; device only, after warm-up, medians of "
-            f"interleaved windows. Ratio: to {next(iter(throughput)) or 'itself'}."
+            f"interleaved windows. Ratio: to {next(iter(throughput)) or 'itself'}, the median over windows of the ratios within one."
         )
     if "baseline" in contents:
         notes.append(f"Plain baseline ({contents['baseline']['name']}), same splits: {contents['baseline']['accuracy']:.1%}.")

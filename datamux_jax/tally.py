@@ -28,7 +28,8 @@ class Tally:
       rows: read, each of which has a row in the output.
       scored: predicted.
       truncated: of these, longer than the model reads: the prediction is of their beginning.
-      errors: with something wrong; predicted nevertheless where the id or the label alone is wrong.
+      errors: with something wrong.
+      spared: of these, predicted nevertheless, since the id or the label alone is wrong.
       reasons: how many of these for each kind of reason, as `kind` names it.
     """
 
@@ -37,19 +38,28 @@ class Tally:
     truncated: int = 0
     errors: int = 0
     reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    spared: int = 0
 
     def plus(self, *, rows: int, scored: int, truncated: int, problems: Iterable[str]) -> Tally:
         """The numbers with those of further rows; `problems` has a reason for each damaged one of them."""
         found = collections.Counter(map(kind, problems))
-        reasons = dict(collections.Counter(self.reasons) + found)
-        return Tally(self.rows + rows, self.scored + scored, self.truncated + truncated, self.errors + found.total(), reasons)
+        return Tally(
+            rows=self.rows + rows,
+            scored=self.scored + scored,
+            truncated=self.truncated + truncated,
+            errors=self.errors + found.total(),
+            reasons=dict(collections.Counter(self.reasons) + found),
+            spared=self.spared + found.total() + scored - rows,  # Every row is scored, or has a reason, or both.
+        )
 
     def __str__(self) -> str:
         often = sorted(self.reasons.items(), key=lambda pair: (-pair[1], pair[0]))
         reasons = few([f"{number:,}: {name}" for name, number in often])
         return (
             f"{self.rows:,} rows read, {self.scored:,} predicted, {self.truncated:,} of them cut to what the model reads; "
-            f"{self.errors:,} damaged" + (f", see the column 'error' ({reasons})." if reasons else ".")
+            f"{self.errors:,} damaged"
+            + (f" (of which {self.spared:,} predicted, as only id or label is wrong)" if self.spared else "")
+            + (f", see the column 'error' ({reasons})." if reasons else ".")
         )
 
 

@@ -234,7 +234,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
         if several and len(received) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        if len(received) > 1 and callable(old[number]):
+        if len(received) > 1 and number == signal.SIGINT and callable(old[number]):
             old[number](number, frame)
 
     several = jax.process_count() > 1

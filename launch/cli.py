@@ -6,6 +6,7 @@ import errno
 import logging as python_logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = True) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f"Unexpected argument {argv[1]!r}: everything is a flag here, written --name=value. Try --help.")
+        if goes_on:  # Whoever ends the process should read that it can go on, as after Ctrl-C.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             main(argv)
         except InputError as error:

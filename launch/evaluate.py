@@ -24,7 +24,8 @@ flags.DEFINE_alias("groupings", "eval_groupings")
 PREDICTIONS = flags.DEFINE_string(
     "predictions",
     "",
-    "File for the predictions of one run, which must not exist yet: .tsv or .jsonl, rows numbered from 1.",
+    "File for the predictions of one run, which must not exist yet: .tsv or .jsonl, rows numbered from 1 "
+    "in the order of the split.",
 )
 ENSEMBLE = flags.DEFINE_integer("ensemble", 1, "Times that every example is fed, outputs averaged; divides N.", lower_bound=1)
 

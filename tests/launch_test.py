@@ -75,6 +75,15 @@ def test_train_evaluate_predict(tmp_path):
     assert all(label.isdigit() and 0 <= float(probability) <= 1 for _, label, probability, _, _ in rows)
 
 
+@pytest.mark.parametrize(("goes_on", "code", "said"), [(True, 130, "the same command goes on from there"), (False, -15, "")])
+def test_who_is_told_to_end_says_that_it_can_go_on(goes_on, code, said):
+    """SIGTERM where nothing is saved at the time, as between training and evaluation."""
+    program = f"import os, time; from launch import cli; cli.run(lambda argv: os.kill(os.getpid(), 15), goes_on={goes_on})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout
+
+
 def test_loading_from_python_is_quiet(text_run):
     script = f"import datamux_jax; print(len(datamux_jax.load({str(text_run)!r})(['guten Morgen'])))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

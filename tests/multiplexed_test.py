@@ -48,6 +48,13 @@ def test_the_example_of_the_docstring_runs():
     assert names["logits"].shape == (30, 10)
 
 
+@pytest.mark.parametrize("role", ["mux", "backbone", "demux", "head"])
+def test_a_class_in_place_of_a_module_is_refused(role):
+    parts = {"mux": mixing.GaussianHadamard(), "backbone": Flat(), "demux": unmixing.InstanceMLP(2), "head": nn.Dense(3)}
+    with pytest.raises(InputError, match=rf"^{role} = Flat is a class\. Give a module of it: {role} = Flat\(\.\.\.\)\.$"):
+        datamux_jax.Multiplexed(**(parts | {role: Flat}), num_instances=2)
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", mixing.MIXING)
 def test_mixing_of_any_rank_is_its_formula(name, last):

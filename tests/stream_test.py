@@ -88,11 +88,12 @@ def test_damaged_rows_are_reported_and_stop_nothing(predictor, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(line for line, _, _ in DAMAGED) + b"\n")
     counts = predict(predictor, tmp_path / "in.jsonl", tmp_path / "out.jsonl", TEXT)
     rows = read(tmp_path / "out.jsonl")
-    assert (counts.rows, counts.scored, counts.truncated, counts.errors) == (11, 5, 3, 9)
+    assert (counts.rows, counts.scored, counts.truncated, counts.errors, counts.spared) == (11, 5, 3, 9, 3)
+    assert "9 damaged (of which 3 predicted, as only id or label is wrong), see the column 'error' (" in str(counts)
     assert counts.reasons["is no JSON"] == counts.reasons["has a label which the model does not know"] == 1
     assert sum(counts.reasons.values()) == 9
     saved = json.loads((tmp_path / "out.jsonl.state.json").read_text())["counts"]
-    assert saved == {"rows": 11, "scored": 5, "truncated": 3, "errors": 9, "reasons": counts.reasons}
+    assert saved == {"rows": 11, "scored": 5, "truncated": 3, "errors": 9, "reasons": counts.reasons, "spared": 3}
     for number, (row, (_, outcome, error)) in enumerate(zip(rows, DAMAGED, strict=True), start=1):
         assert row["row"] == number
         assert (row["error"] is None) if not error else error in row["error"], row

@@ -293,11 +293,12 @@ def test_words_of_bytes_have_spaces_between_them():
         np.testing.assert_array_equal(numbers, word[:, :length])
 
 
-def test_labels_stand_at_first_tokens_and_gold_is_whole(tmp_path):
+def test_labels_stand_at_first_tokens_and_gold_is_whole(tmp_path, capsys):
     (tmp_path / "train.conll").write_text("aa X\nb Y\nc X\n\nd Y\n")
     config = config_of(path=str(tmp_path), length=6)
     fmt, splits = pipeline.load(config)
     assert (fmt.inputs, fmt.token_labels, fmt.label_names) == ("words", True, ("X", "Y"))
+    assert "train: 1 of 4 words lie beyond 6 tokens, and are not read.\n" in capsys.readouterr().out
     arrays = splits["train"]
     assert arrays["label"].tolist() == [[-100, 0, -100, -100, 1, -100], [-100, 1, -100, -100, -100, -100]]
     assert arrays["gold"].tolist() == [[0, 1, 0], [1, -100, -100]]

@@ -9,7 +9,7 @@ import pytest
 
 from configs import glue, tagging, text_files
 from datamux_jax import experiment, packaged, workdir
-from datamux_jax.data import tokenizers
+from datamux_jax.data import pipeline, tokenizers
 from datamux_jax.data.pipeline import Format
 from datamux_jax.errors import InputError
 from datamux_jax.plan import prepare
@@ -148,6 +148,22 @@ def test_every_run_of_a_task_fits_its_data(folder, config, arg, inputs, objectiv
         loss, _ = jax.eval_shape(objective_of, plan.abstract.params, plan.batch_shapes, keys)
         assert loss.shape == ()
     assert runs["n2"].objective == objective
+
+
+@pytest.mark.parametrize(
+    ("arg", "length", "said"),
+    [
+        ("sst2,data={}", 8, "train: 35 of 36 texts are longer than 8 tokens, and cut.\nvalidation: 35 of 36"),
+        ("stsb,data={}", 8, "train: 35 of 36 pairs of texts are longer than 8 tokens, and cut.\n"),
+        ("sst2,data={}", 16, ""),
+    ],
+)
+def test_what_is_cut_is_said(folder, capsys, arg, length, said):
+    config = glue.get_config(f"{arg.format(folder)},n=1,{TINY},length={length}".replace("length=16,", ""))
+    pipeline.load(config)
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert bool(said) == ("cut" in shown)
 
 
 @pytest.mark.slow

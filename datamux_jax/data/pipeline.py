@@ -268,11 +268,15 @@ def splits_of(config: Any, fmt: Format) -> dict[str, Arrays]:
 @functools.lru_cache(maxsize=4)
 def _encoded(source: Source, fmt: Format) -> dict[str, Arrays]:
     """All splits of a source as arrays: encoded once, whoever asks (checks, training, evaluation, benchmark). Not to be written to."""
-    return {split: _labelled(examples, fmt) for split, examples in source.splits.items()}
+    return {split: _labelled(examples, fmt, split) for split, examples in source.splits.items()}
 
 
-def _labelled(examples: Examples, fmt: Format) -> Arrays:
-    arrays = fmt.encode(examples.inputs)
+def _labelled(examples: Examples, fmt: Format, split: str) -> Arrays:
+    """The arrays of a split; says what its length cuts off."""
+    arrays, cut = fmt.encode_cut(examples.inputs)
+    if cut.any():
+        what = "pairs of texts" if fmt.inputs == "pair" else "texts"
+        print(f"{split}: {cut.sum():,} of {len(cut):,} {what} are longer than {fmt.length} tokens, and cut.", flush=True)
     if isinstance(examples.labels, np.ndarray):
         return {**arrays, "label": examples.labels}
     gold = np.full((len(examples), max(map(len, examples.labels))), IGNORED, np.int32)
@@ -280,6 +284,9 @@ def _labelled(examples: Examples, fmt: Format) -> Arrays:
         row[: len(labels)] = labels
     word = arrays["word"]
     label = np.where(word < 0, IGNORED, np.take_along_axis(gold, np.maximum(word, 0), axis=1))
+    if beyond := (gold != IGNORED).sum() - (label != IGNORED).sum():
+        words = (gold != IGNORED).sum()
+        print(f"{split}: {beyond:,} of {words:,} words lie beyond {fmt.length} tokens, and are not read.", flush=True)
     return {**arrays, "label": label.astype(np.int32), "gold": gold}
 
 
