@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from datamux_jax.background import background
+from datamux_jax.data import conll
 from datamux_jax.data.pipeline import Format
 from datamux_jax.data.tables import Row
 from datamux_jax.errors import InputError
@@ -218,6 +219,7 @@ def _changed(source: Rows, skip: int) -> InputError:
 
 def _block(rows: list[Row], inference: Inference, fields: Fields, position: int, digest: str) -> Block:
     errors, scored, inputs = [], [], []
+    known = _known_labels(inference)
     for place, row in enumerate(rows):
         error = row.problem
         readable = all(name in row.values for name in fields.inputs)
@@ -227,13 +229,23 @@ def _block(rows: list[Row], inference: Inference, fields: Fields, position: int,
             scored.append(place)
             values = [row.values[name] for name in fields.inputs]
             inputs.append(tuple(values) if len(values) == 2 else values[0])
-            error = error or _label_error(row, inference, fields)
+            error = error or _label_error(row, inference, fields, known)
         errors.append(error)
     empty = Window({}, np.zeros(0, int), np.zeros(0, bool), None)
     return Block(rows, errors, scored, inference.encode(inputs) if inputs else empty, position, digest)
 
 
-def _label_error(row: Row, inference: Inference, fields: Fields) -> str:
+def _known_labels(inference: Inference) -> set[str]:
+    """The labels that files of the data may have: as the model names them, or as they are written."""
+    known = {*inference.labels, *inference.format.written}
+    if (
+        "entity_f1" in inference.format.metrics
+    ):  # The model's tags are IOB2; files of other schemes have other letters before the type.
+        known |= {letter + name[1:] for name in inference.labels if name != conll.OUTSIDE for letter in conll.LETTERS}
+    return known
+
+
+def _label_error(row: Row, inference: Inference, fields: Fields, known: set[str]) -> str:
     """What is wrong with the label of a row; "": nothing."""
     if not fields.label:
         return ""
@@ -244,7 +256,6 @@ def _label_error(row: Row, inference: Inference, fields: Fields) -> str:
         except ValueError:
             return f"has the label {label!r}, which is no number"
         return ""
-    known = (*inference.labels, *inference.format.written)
     unknown = next((name for name in (label if isinstance(label, list) else [label]) if name not in known), None)
     if unknown is not None:
         return f"has the label {unknown!r}, which the model does not know"

@@ -298,6 +298,15 @@ def test_labels_are_known_by_their_names_and_as_the_files_of_the_data_write_them
         assert [row["row"] - 1 for row in read(target) if row["error"]] == unknown
 
 
+def test_tags_of_entities_are_known_in_every_scheme(predictor):
+    tagger = copy.copy(predictor)
+    fmt = dataclasses.replace(predictor.format, label_names=("B-PER", "I-PER", "O"), metrics=("entity_f1", "accuracy"))
+    tagger.format = fmt
+    assert stream._known_labels(tagger) == {*fmt.label_names, *(f"{letter}-PER" for letter in "ESLU")}
+    tagger.format = dataclasses.replace(fmt, metrics=("accuracy",))
+    assert stream._known_labels(tagger) == set(fmt.label_names)
+
+
 def test_arrays_are_rows_too(digits_run, tmp_path):
     predictor = datamux_jax.load(digits_run)
     images = np.random.default_rng(0).random((40, 8, 8), np.float32)
