@@ -4,7 +4,7 @@
 
 Arguments:
 
-    bert_base       the size, first and without a name: of configs/models.py, or LAYERSxWIDTH (4x256)
+    bert_base       the size, first and without a name: of configs/models.py, or LAYERSxWIDTH (4x256; the width a multiple of 64)
     n=1+2+5         numbers of instances
     length=         tokens of a row
     groups=         mixed rows a batch

@@ -5,7 +5,7 @@
 Learning rate (1e-4, linear, 10,000 steps of warm-up), AdamW and 512 tokens are those of the published code, which has 128 groups a step
 and does not say how long its two stages were. Arguments:
 
-    base            a size, first and without a name: small, base, large or LAYERSxWIDTH
+    base            a size, first and without a name: small, base, large or LAYERSxWIDTH, the width a multiple of 64
     n=1+2+5         numbers of instances; 1 is the plain network
     files=          a file, folder or pattern of text; or tfds= a data set of TensorFlow Datasets
     tokenizer=      wordpiece (default) or bpe, trained on the text; bytes; or a file or folder with one

@@ -11,7 +11,8 @@ import numpy as np
 
 from datamux_jax.data import builtin, subword_models, tokenizers
 from datamux_jax.data.corpus import CORPORA
-from datamux_jax.data.pipeline import IGNORED, Arrays, Format, format_of
+from datamux_jax.data.formats import Arrays, Format
+from datamux_jax.data.pipeline import IGNORED, format_of
 
 # Classes of a network whose labels come from no data: as many as SST-2 and CoNLL-2003 have. Regression has none.
 CLASSES = {"classification": 2, "tagging": 9}

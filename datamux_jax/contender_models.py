@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from datamux_jax import hf
-from datamux_jax.data.pipeline import IGNORED, Format
+from datamux_jax.data.formats import Format
+from datamux_jax.data.pipeline import IGNORED
 from datamux_jax.runs import Run
 
 

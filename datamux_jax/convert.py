@@ -17,7 +17,7 @@ from datamux_jax import checkpoint, hf, hf_config, saved, sharding, workdir
 from datamux_jax.build import HEADS, build_generator, count_params, init_params
 from datamux_jax.config import validate
 from datamux_jax.data import cache, tokenizers
-from datamux_jax.data.pipeline import Format
+from datamux_jax.data.formats import Format
 from datamux_jax.data.tokenizers import Tokenizer
 from datamux_jax.errors import InputError
 from datamux_jax.families import FAMILIES, published_tokens

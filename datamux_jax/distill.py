@@ -19,7 +19,7 @@ import numpy as np
 
 from datamux_jax import distributed, losses, saved, scoring, sharding, workdir
 from datamux_jax.data import cache, pipeline
-from datamux_jax.data.pipeline import Arrays, Format
+from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError
 from datamux_jax.model import call
 from datamux_jax.plan import Plan

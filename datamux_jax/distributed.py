@@ -194,7 +194,7 @@ def reached_stop(asked: bool) -> bool:
 def stop_if_asked(where: str) -> None:
     """Among several processes, ends all of them if one was told to stop; for work that is simply done again.
 
-    A single process needs no such call: the signal ends it at once.
+    A single process needs no such call: the signal ends it where it is.
 
     Raises:
       Interrupted: one was.

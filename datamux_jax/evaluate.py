@@ -12,6 +12,7 @@ import numpy as np
 from datamux_jax import distributed, grouping, losses, metrics, predicted, saved, scoring, workdir
 from datamux_jax.build import build_generator
 from datamux_jax.data import pipeline
+from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError, choose
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run, load_run
@@ -19,7 +20,7 @@ from datamux_jax.runs import Run, load_run
 NAME = "metrics"
 
 
-def examples_of(run: Run, split: str, count: int) -> pipeline.Arrays:
+def examples_of(run: Run, split: str, count: int) -> Arrays:
     """The first `count` examples (0: all) of a split of the run's data source.
 
     Raises:
@@ -28,7 +29,7 @@ def examples_of(run: Run, split: str, count: int) -> pipeline.Arrays:
     return _examples(run.path, run.config, run.format, split, count)
 
 
-def _examples(path: Path, config: Any, read: pipeline.Format, split: str, count: int) -> pipeline.Arrays:
+def _examples(path: Path, config: Any, read: Format, split: str, count: int) -> Arrays:
     """As `examples_of`, of the run in `path` that reads the format `read`; needs no checkpoint."""
     fmt = pipeline.format_of(config, path)
     if fmt != read:
@@ -40,7 +41,7 @@ def _examples(path: Path, config: Any, read: pipeline.Format, split: str, count:
     return scoring.first_examples(splits[choose(splits, split, "The split")], count)
 
 
-def fingerprint(arrays: pipeline.Arrays) -> str:
+def fingerprint(arrays: Arrays) -> str:
     """Hexadecimal hash of examples: another one for other inputs, labels, order or number."""
     hashed = hashlib.blake2b(digest_size=16)
     for name, array in sorted(arrays.items()):
@@ -155,14 +156,14 @@ def check_ensemble(ensemble: int, config: Any) -> None:
     grouping.check_ensemble(ensemble, config.num_instances)
 
 
-def _about(scored: scoring.Scored, arrays: pipeline.Arrays, fmt: pipeline.Format) -> dict[str, Any]:
+def _about(scored: scoring.Scored, arrays: Arrays, fmt: Format) -> dict[str, Any]:
     if scored.outputs is None:
         return {"metrics": []}
     cut = {"words_cut": predicted.words_cut(scored, arrays)} if fmt.token_labels else {}
     return {"metrics": list(fmt.metrics), **cut}
 
 
-def _write_predictions(path: Path, scored: scoring.Scored, arrays: pipeline.Arrays, fmt: pipeline.Format) -> None:
+def _write_predictions(path: Path, scored: scoring.Scored, arrays: Arrays, fmt: Format) -> None:
     distributed.on_primary(lambda: predicted.write(path, scored, arrays, fmt))
 
 
@@ -258,5 +259,5 @@ def _before(path: Path, config: Any, file: Path, split: str, groupings: int, ens
 
     if (old := distributed.from_primary(fitting)) is None:
         return None
-    arrays = distributed.primary_first(lambda: _examples(path, config, pipeline.Format.load(path), split, config.eval.examples))
+    arrays = distributed.primary_first(lambda: _examples(path, config, Format.load(path), split, config.eval.examples))
     return old if distributed.from_primary(lambda: old["fingerprint"] == fingerprint(arrays)) else None

@@ -21,7 +21,7 @@ import numpy as np
 from jax import export as jax_export
 
 from datamux_jax import workdir
-from datamux_jax.data.pipeline import Format
+from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError
 from datamux_jax.inference import Inference
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datamux_jax import grouping
-from datamux_jax.data.pipeline import Arrays, Format
+from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError
 
 WINDOW = 4096  # Inputs that are sorted by length together, rounded up to whole batches.

@@ -19,6 +19,7 @@ from datamux_jax.build import build, build_generator
 from datamux_jax.classifier import build_classifier
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
+from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError, choose
 from datamux_jax.metrics_log import check_boards
 from datamux_jax.model import MultiplexedTransformer, Network
@@ -26,7 +27,7 @@ from datamux_jax.objectives import OBJECTIVES, Objective
 from datamux_jax.step import TrainState, make_step, placed, state_maker
 
 
-def build_model(config: Any, fmt: pipeline.Format) -> Network:
+def build_model(config: Any, fmt: Format) -> Network:
     """The network of `config` for data of the format `fmt`."""
     if config.model.backbone in VISION:
         return build_classifier(config, num_classes=len(fmt.label_names))
@@ -39,7 +40,7 @@ class Plan:
 
     config: Any
     mesh: jax.sharding.Mesh
-    format: pipeline.Format
+    format: Format
     model: Network
     generator: MultiplexedTransformer | None
     tx: Any
@@ -56,7 +57,7 @@ class Plan:
         return placed(self.boxed, self.mesh)
 
     @functools.cached_property
-    def splits(self) -> dict[str, pipeline.Arrays]:
+    def splits(self) -> dict[str, Arrays]:
         """The examples, read when they are first asked for.
 
         Raises:
@@ -69,12 +70,12 @@ class Plan:
         return OBJECTIVES[self.config.objective](self.model, self.config, self.generator)
 
     @property
-    def arrays(self) -> pipeline.Arrays:
+    def arrays(self) -> Arrays:
         """What is trained on."""
         return self.splits[self.config.data.train_split]
 
     @property
-    def examples(self) -> pipeline.Arrays:
+    def examples(self) -> Arrays:
         """What is scored during training."""
         return scoring.first_examples(self.splits[self.config.eval.split], self.config.eval.examples)
 
@@ -182,7 +183,7 @@ def prepare(config: Any, run: Path | None = None) -> Plan:
     return plan
 
 
-def assemble(config: Any, fmt: pipeline.Format, mesh: jax.sharding.Mesh) -> Plan:
+def assemble(config: Any, fmt: Format, mesh: jax.sharding.Mesh) -> Plan:
     """The network, optimizer and state of a valid config, for data of the format `fmt`, without the data."""
     model = build_model(config, fmt)
     generator = build_generator(config, model)
@@ -190,7 +191,7 @@ def assemble(config: Any, fmt: pipeline.Format, mesh: jax.sharding.Mesh) -> Plan
     return Plan(config, mesh, fmt, model, generator, tx, state_maker(config, fmt, model, tx, generator))
 
 
-def _check_data(config: Any, fmt: pipeline.Format) -> None:
+def _check_data(config: Any, fmt: Format) -> None:
     """Raises InputError if the data have not what the network and the objective need."""
     if config.model.backbone in VISION and fmt.vocab_size:
         raise InputError(

@@ -17,7 +17,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from datamux_jax import flops, inference, predict, scoring, sharding
 from datamux_jax.config import validate
-from datamux_jax.data.pipeline import CORPORA, Format, format_of
+from datamux_jax.data.corpus import CORPORA
+from datamux_jax.data.formats import Format
+from datamux_jax.data.pipeline import format_of
 from datamux_jax.data.subword_models import TRAINERS
 from datamux_jax.data.tokenizers import tokens_behind
 from datamux_jax.errors import InputError, choose

@@ -11,6 +11,7 @@ import numpy as np
 
 from datamux_jax import saved, sharding
 from datamux_jax.data import pipeline
+from datamux_jax.data.formats import Arrays
 from datamux_jax.errors import InputError
 from datamux_jax.inference import OBJECTIVES, Inference, Prediction
 from datamux_jax.model import Network, call
@@ -40,7 +41,7 @@ class Predictor(Inference):
     def dispatch(self, inputs: np.ndarray, mask: np.ndarray) -> jax.Array:
         return self.forward(self.run.params, sharding.put_batch({"inputs": inputs, "mask": mask}, self.run.mesh))
 
-    def batches(self, arrays: pipeline.Arrays, *, shuffle: bool = False) -> Iterator[tuple[np.ndarray, Any]]:
+    def batches(self, arrays: Arrays, *, shuffle: bool = False) -> Iterator[tuple[np.ndarray, Any]]:
         """Row numbers `[B, N]` and batches on the mesh, of full length, for encoded inputs."""
         batches = pipeline.eval_batches(arrays, groups=self.groups, instances=self.instances, seed=0, shuffle=shuffle)
         for rows, batch in batches:

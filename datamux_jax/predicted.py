@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from datamux_jax import task_metrics, workdir
-from datamux_jax.data.pipeline import Arrays, Format
+from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError
 from datamux_jax.inference import softmax
 from datamux_jax.losses import NO_LABEL

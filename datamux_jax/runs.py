@@ -11,7 +11,7 @@ import jax
 
 from datamux_jax import checkpoint, optimizer, sharding, workdir
 from datamux_jax.build import build_generator
-from datamux_jax.data.pipeline import Format
+from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError
 from datamux_jax.model import Network
 from datamux_jax.plan import build_model

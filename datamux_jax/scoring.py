@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from datamux_jax import grouping, losses, metrics, sharding
 from datamux_jax.data import pipeline
+from datamux_jax.data.formats import Arrays
 from datamux_jax.model import MultiplexedTransformer, Network, call
 from datamux_jax.objectives import OBJECTIVES
 
@@ -73,7 +74,7 @@ def scoring_step(config: Any, model: Network, generator: MultiplexedTransformer 
 def score(
     step: Step,
     params: Any,
-    arrays: pipeline.Arrays,
+    arrays: Arrays,
     config: Any,
     mesh: jax.sharding.Mesh,
     *,
@@ -162,6 +163,6 @@ def _in_order(outputs: np.ndarray, rows: np.ndarray, passes: int, examples: int)
     return ordered, slots
 
 
-def first_examples(arrays: pipeline.Arrays, count: int) -> pipeline.Arrays:
+def first_examples(arrays: Arrays, count: int) -> Arrays:
     """The first `count` examples; all of them for 0."""
     return {name: array[:count] for name, array in arrays.items()} if count else arrays

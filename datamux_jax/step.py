@@ -12,7 +12,7 @@ import optax
 
 from datamux_jax import corruption, sharding
 from datamux_jax.build import init_params
-from datamux_jax.data.pipeline import Format
+from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError
 from datamux_jax.losses import Sums
 from datamux_jax.model import MultiplexedTransformer, Network

@@ -16,7 +16,7 @@ import numpy as np
 
 from datamux_jax.background import background
 from datamux_jax.data import conll
-from datamux_jax.data.pipeline import Format
+from datamux_jax.data.formats import Format
 from datamux_jax.data.tables import Row
 from datamux_jax.errors import InputError
 from datamux_jax.inference import Inference, Prediction, Window
@@ -238,9 +238,8 @@ def _block(rows: list[Row], inference: Inference, fields: Fields, position: int,
 def _known_labels(inference: Inference) -> set[str]:
     """The labels that files of the data may have: as the model names them, or as they are written."""
     known = {*inference.labels, *inference.format.written}
-    if (
-        "entity_f1" in inference.format.metrics
-    ):  # The model's tags are IOB2; files of other schemes have other letters before the type.
+    # The model's tags are IOB2; files of other schemes have other letters before the type.
+    if "entity_f1" in inference.format.metrics:
         known |= {letter + name[1:] for name in inference.labels if name != conll.OUTSIDE for letter in conll.LETTERS}
     return known
 

@@ -28,9 +28,8 @@ class Tally:
       rows: read, each of which has a row in the output.
       scored: predicted.
       truncated: of these, longer than the model reads: the prediction is of their beginning.
-      errors: with something wrong.
-      spared: of these, predicted nevertheless, since the id or the label alone is wrong.
-      reasons: how many of these for each kind of reason, as `kind` names it.
+      errors: with something wrong; predicted nevertheless where the id or the label alone is wrong.
+      reasons: how many of the errors for each kind of reason, as `kind` names it.
     """
 
     rows: int = 0
@@ -38,7 +37,11 @@ class Tally:
     truncated: int = 0
     errors: int = 0
     reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    spared: int = 0
+
+    @property
+    def spared(self) -> int:
+        """Errors that were predicted nevertheless: every row is predicted, or has something wrong, or both."""
+        return self.scored + self.errors - self.rows
 
     def plus(self, *, rows: int, scored: int, truncated: int, problems: Iterable[str]) -> Tally:
         """The numbers with those of further rows; `problems` has a reason for each damaged one of them."""
@@ -49,7 +52,6 @@ class Tally:
             truncated=self.truncated + truncated,
             errors=self.errors + found.total(),
             reasons=dict(collections.Counter(self.reasons) + found),
-            spared=self.spared + found.total() + scored - rows,  # Every row is scored, or has a reason, or both.
         )
 
     def __str__(self) -> str:

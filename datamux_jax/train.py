@@ -15,6 +15,7 @@ import jax
 
 from datamux_jax import checkpoint, distill, distributed, metrics, predicted, saved, scoring, sharding, start, workdir
 from datamux_jax.data import pipeline
+from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError, Interrupted
 from datamux_jax.metrics_log import MetricsLog
 from datamux_jax.plan import Plan, prepare
@@ -65,7 +66,7 @@ def _claimed(plan: Plan, run: Path, done: int | None) -> Iterator[None]:
     """Holds the folder for the run of `plan`, of which it has a checkpoint of step `done`, or none."""
 
     def check() -> None:
-        if plan.format.saved_in(run) and pipeline.Format.load(run) != plan.format:
+        if plan.format.saved_in(run) and Format.load(run) != plan.format:
             raise InputError(
                 f"--workdir={run} was trained on data that are encoded differently from those that its config names now: the files, "
                 "the tokenizer or a package that ships data have changed. Restore them, or choose another --workdir; nothing was "
@@ -234,6 +235,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
         if several and len(received) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        # Of SIGTERM the old handler, that of `launch.train`, would break off the save that the first one asked for.
         if len(received) > 1 and number == signal.SIGINT and callable(old[number]):
             old[number](number, frame)
 

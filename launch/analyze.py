@@ -41,4 +41,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     cli.required("workdir")
-    cli.run(main)
+    cli.run(main, goes_on=False)

@@ -6,7 +6,6 @@ import errno
 import logging as python_logging
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,11 +17,11 @@ from ml_collections import config_flags
 from datamux_jax.errors import InputError, Interrupted, Unavailable
 
 
-def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = True) -> None:
+def run(main: Callable[[Sequence[str]], None], *, goes_on: bool | Callable[[], bool] = True) -> None:
     """Parses flags and calls `main`. Bad input ends with one paragraph and exit code 2, an interruption with 130.
 
     What may work when it is tried again (another host does not answer) ends with 1. `goes_on`: after an interruption the same command
-    goes on where it was.
+    goes on where it was; a function, if that depends on the flags.
     """
     # Below these levels nothing concerns the person who runs the command.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -32,8 +31,6 @@ def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = True) -> None:
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f"Unexpected argument {argv[1]!r}: everything is a flag here, written --name=value. Try --help.")
-        if goes_on:  # Whoever ends the process should read that it can go on, as after Ctrl-C.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             main(argv)
         except InputError as error:
@@ -45,7 +42,9 @@ def run(main: Callable[[Sequence[str]], None], *, goes_on: bool = True) -> None:
             print(error, flush=True)
             sys.exit(130)
         except KeyboardInterrupt:
-            print(f"\nStopped. What was saved stays{'; the same command goes on from there' if goes_on else ''}.", flush=True)
+            continued = goes_on() if callable(goes_on) else goes_on
+            way_on = "; the same command goes on from there" if continued else ""
+            print(f"\nStopped. What was saved stays{way_on}.", file=sys.stderr, flush=True)  # Standard output may be data.
             sys.exit(130)
         except BrokenPipeError:
             sys.exit(1)

@@ -37,7 +37,9 @@ TEXT = flags.DEFINE_string("text", "text", "Column of the text, or of the words.
 TEXT_PAIR = flags.DEFINE_string("text_pair", "", "Column of the second text, where the model reads pairs.")
 ID = flags.DEFINE_string("id", "", "Column that is copied to the output.")
 LABEL = flags.DEFINE_string(
-    "label", "", "Column of a label, by name or as the training files write it; unknown ones are reported."
+    "label",
+    "",
+    "Column of a label, by name or as the training files write it (tags of entities in any scheme); unknown ones are reported.",
 )
 ECHO = flags.DEFINE_bool("echo", False, "Copy the text to the output.")
 OUTPUT = flags.DEFINE_string("output", "-", "File to write: .tsv, .csv, .jsonl or .parquet; - for standard output, as TSV.")
@@ -137,4 +139,4 @@ def identity(folder: Path) -> str:
 
 if __name__ == "__main__":
     cli.required("workdir", "input")
-    cli.run(main)
+    cli.run(main, goes_on=lambda: OUTPUT.value != "-")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +33,9 @@ PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which o
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    from datamux_jax import distributed, experiment  # They import jax; bad flags are refused before.
+    import jax  # Bad flags are refused before.
+
+    from datamux_jax import distributed, experiment
 
     distributed.initialize(
         multihost=MULTIHOST.value,
@@ -40,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
         num_processes=NUM_PROCESSES.value,
         process_id=PROCESS_ID.value,
     )
+    if jax.process_count() == 1:  # Of several, JAX takes the signal. Evaluation and report end as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not distributed.is_primary():
         # One process reports progress; errors of all are shown.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 It stays open to the end.

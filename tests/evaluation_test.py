@@ -18,6 +18,7 @@ import pytest
 import datamux_jax
 from datamux_jax import experiment, metrics, predicted, report, scoring, sharding, task_metrics, workdir
 from datamux_jax.data import pipeline
+from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import check_ensemble, evaluate, evaluate_run, examples_of
 from datamux_jax.losses import NO_LABEL
@@ -133,7 +134,7 @@ def told(draw):
 def paraphrases(tmp_path_factory):
     """A run on two classes, scored as MRPC is."""
     folder = tmp_path_factory.mktemp("paraphrases") / "run"
-    fmt = pipeline.Format(("no", "yes"), 4, feature_size=3, inputs="features", metrics=("f1", "accuracy"))
+    fmt = Format(("no", "yes"), 4, feature_size=3, inputs="features", metrics=("f1", "accuracy"))
     with pytest.MonkeyPatch.context() as patch:
         serve(patch, "paraphrases", fmt, told(lambda rng, count: rng.integers(0, 2, count).astype(np.int32)))
         config = small_config(2, data__name="paraphrases", steps=30, eval__every=10, optimizer__learning_rate=1e-2)
@@ -142,7 +143,7 @@ def paraphrases(tmp_path_factory):
         yield folder
 
 
-SIMILARITIES = pipeline.Format((), 4, feature_size=3, inputs="features", metrics=("pearson", "spearman"))
+SIMILARITIES = Format((), 4, feature_size=3, inputs="features", metrics=("pearson", "spearman"))
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ WORDS = 6
 def sentences(monkeypatch):
     """Words of one or two tokens, whose first token says the tag; 8 positions, beyond which some words lie."""
     rng, names = np.random.default_rng(0), ("O", "B-PER", "I-PER", "B-LOC")
-    fmt = pipeline.Format(names, 8, vocab_size=20, token_labels=True, inputs="words", metrics=("entity_f1",))
+    fmt = Format(names, 8, vocab_size=20, token_labels=True, inputs="words", metrics=("entity_f1",))
 
     def split(count):
         arrays = {name: np.zeros((count, 8), np.int32) for name in ("inputs", "mask")}

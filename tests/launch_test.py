@@ -75,13 +75,27 @@ def test_train_evaluate_predict(tmp_path):
     assert all(label.isdigit() and 0 <= float(probability) <= 1 for _, label, probability, _, _ in rows)
 
 
-@pytest.mark.parametrize(("goes_on", "code", "said"), [(True, 130, "the same command goes on from there"), (False, -15, "")])
-def test_who_is_told_to_end_says_that_it_can_go_on(goes_on, code, said):
-    """SIGTERM where nothing is saved at the time, as between training and evaluation."""
-    program = f"import os, time; from launch import cli; cli.run(lambda argv: os.kill(os.getpid(), 15), goes_on={goes_on})"
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_who_interrupts_reads_whether_the_command_goes_on(goes_on):
+    program = f"import os; from launch import cli; cli.run(lambda argv: os.kill(os.getpid(), 2), goes_on=lambda: {goes_on})"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stderr
-    assert said in done.stdout
+    assert (done.returncode, done.stdout) == (130, "")
+    assert ("the same command goes on from there" in done.stderr) == goes_on
+
+
+def test_a_training_that_is_told_to_end_while_it_evaluates_says_that_it_goes_on(tmp_path):
+    program = (
+        "import os, signal\n"
+        "from datamux_jax import experiment\n"
+        "experiment.run = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import runpy; runpy.run_module('launch.train', run_name='__main__')"
+    )
+    flags = ["--config=configs/quickstart.py", f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "the same command goes on from there" in done.stderr
 
 
 def test_loading_from_python_is_quiet(text_run):

@@ -93,7 +93,7 @@ def test_damaged_rows_are_reported_and_stop_nothing(predictor, tmp_path):
     assert counts.reasons["is no JSON"] == counts.reasons["has a label which the model does not know"] == 1
     assert sum(counts.reasons.values()) == 9
     saved = json.loads((tmp_path / "out.jsonl.state.json").read_text())["counts"]
-    assert saved == {"rows": 11, "scored": 5, "truncated": 3, "errors": 9, "reasons": counts.reasons, "spared": 3}
+    assert saved == {"rows": 11, "scored": 5, "truncated": 3, "errors": 9, "reasons": counts.reasons}
     for number, (row, (_, outcome, error)) in enumerate(zip(rows, DAMAGED, strict=True), start=1):
         assert row["row"] == number
         assert (row["error"] is None) if not error else error in row["error"], row

@@ -6,7 +6,7 @@ import pytest
 from datamux_jax.data import conll, pipeline, sources
 from datamux_jax.data.conll import Sentence
 from datamux_jax.data.encoding import encode_pairs, encode_words
-from datamux_jax.data.pipeline import Format
+from datamux_jax.data.formats import Format
 from datamux_jax.data.tokenizers import ByteTokenizer, load
 from datamux_jax.errors import InputError
 from tests.conftest import small_config
@@ -298,7 +298,10 @@ def test_labels_stand_at_first_tokens_and_gold_is_whole(tmp_path, capsys):
     config = config_of(path=str(tmp_path), length=6)
     fmt, splits = pipeline.load(config)
     assert (fmt.inputs, fmt.token_labels, fmt.label_names) == ("words", True, ("X", "Y"))
-    assert "train: 1 of 4 words lie beyond 6 tokens, and are not read.\n" in capsys.readouterr().out
+    assert (
+        "train: 1 of 4 words are not read: they lie beyond 6 tokens, or the tokenizer leaves nothing of them.\n"
+        in capsys.readouterr().out
+    )
     arrays = splits["train"]
     assert arrays["label"].tolist() == [[-100, 0, -100, -100, 1, -100], [-100, 1, -100, -100, -100, -100]]
     assert arrays["gold"].tolist() == [[0, 1, 0], [1, -100, -100]]

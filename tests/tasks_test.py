@@ -10,7 +10,7 @@ import pytest
 from configs import glue, tagging, text_files
 from datamux_jax import experiment, packaged, workdir
 from datamux_jax.data import pipeline, tokenizers
-from datamux_jax.data.pipeline import Format
+from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError
 from datamux_jax.plan import prepare
 from datamux_jax.train import train

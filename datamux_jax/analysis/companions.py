@@ -11,7 +11,8 @@ import numpy as np
 from datamux_jax import sharding
 from datamux_jax.analysis.parts import check_part, least_examples, rotations
 from datamux_jax.analysis.readings import Reading, reader
-from datamux_jax.data.pipeline import Arrays, eval_batches
+from datamux_jax.data.formats import Arrays
+from datamux_jax.data.pipeline import eval_batches
 from datamux_jax.errors import InputError
 from datamux_jax.losses import NO_LABEL
 from datamux_jax.progress import Progress

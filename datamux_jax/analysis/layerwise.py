@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 
 from datamux_jax.analysis.parts import totals_of
-from datamux_jax.data.pipeline import Arrays
+from datamux_jax.data.formats import Arrays
 from datamux_jax.layers import Block
 from datamux_jax.model import MultiplexedTransformer, Network
 from datamux_jax.runs import Run

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 
 from datamux_jax import metrics, scoring
-from datamux_jax.data.pipeline import Arrays
+from datamux_jax.data.formats import Arrays
 from datamux_jax.errors import InputError
 from datamux_jax.model import MultiplexedTransformer
 from datamux_jax.progress import Progress

@@ -10,7 +10,7 @@ from datamux_jax import sharding
 from datamux_jax.analysis.companions import mixtures
 from datamux_jax.analysis.parts import check_part, rotations
 from datamux_jax.analysis.readings import Reading, reader
-from datamux_jax.data.pipeline import Arrays
+from datamux_jax.data.formats import Arrays
 from datamux_jax.losses import NO_LABEL
 from datamux_jax.progress import Progress
 from datamux_jax.runs import Run

@@ -9,7 +9,7 @@ import numpy as np
 
 from datamux_jax import losses
 from datamux_jax.analysis.parts import check_part, totals_of
-from datamux_jax.data.pipeline import Arrays
+from datamux_jax.data.formats import Arrays
 from datamux_jax.model import MultiplexedTransformer, call
 from datamux_jax.runs import Run
 

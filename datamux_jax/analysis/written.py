@@ -13,7 +13,7 @@ from datamux_jax.analysis.layerwise import layer_statistics, layers_of
 from datamux_jax.analysis.parts import PARTS, check_examples, left_out
 from datamux_jax.analysis.points import Points, projection
 from datamux_jax.analysis.positions import retrieval_by_position
-from datamux_jax.data.pipeline import Arrays
+from datamux_jax.data.formats import Arrays
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import examples_of
 from datamux_jax.losses import TASK_LOSSES
