@@ -114,9 +114,8 @@ def _notes(contents: dict[str, Any], groups: int) -> list[str]:
     if plain := [head for metric, head in TASKS.items() if metric in NO_SHARES and any(metric in s for s in scores.values())]:
         notes.append(f"Times 100: {', '.join(plain)}.")
     if cut := sorted({score["words_cut"] for score in scores.values() if score.get("words_cut")}):
-        notes.append(
-            f"Counted as wrong, since they lie beyond the length or the tokenizer leaves nothing of them: {' or '.join(f'{count:,}' for count in cut)} words."
-        )
+        why = "they lie beyond the length, or the tokenizer leaves nothing of them"
+        notes.append(f"Counted as wrong, since {why}: {' or '.join(f'{count:,}' for count in cut)} words.")
     if any("retrieval_accuracy" in score for score in scores.values()):
         notes.append(
             "Token retrieval: share of the input tokens (all instances, without [CLS] and padding) read back from the mixed state."
