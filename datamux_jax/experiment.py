@@ -233,7 +233,7 @@ def ensembles(
     scores = {name: evaluate_run(folder / name, label=f"{name} evaluate".strip(), **options) for name in fits}
     header = ["run", "N", "copies", "metric", "value"]
     rows = [
-        [name or folder.name, str(one["num_instances"]), str(ensemble), metric, report.with_std(one, metric)]
+        [name or "run", str(one["num_instances"]), str(ensemble), metric, report.with_std(one, metric)]
         for name, one in scores.items()
         for metric in one["metrics"]
     ]
