@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -234,7 +236,7 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
         lowered = function.lower(*args)
     try:
         with _no_cache():
-            compiled = lowered.compile()
+            compiled, text = _compiled(lowered, topology)
     except jax.errors.JaxRuntimeError as error:
         raise refusal(error, topology) from error
     used = compiled.memory_analysis()
@@ -245,7 +247,7 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
         "program": used.generated_code_size_in_bytes,
     }
     memory["total"] = sum(memory.values())
-    program = Program.read(compiled.as_text())
+    program = Program.read(text)
     found = program.collectives()
     return Estimate(
         **_about(plan, topology, step),
@@ -255,6 +257,22 @@ def estimate(plan: Plan, topology: Topology | None = None, step: str = "train") 
         collectives=found,
         uncounted_loops=program.uncounted(),
     )
+
+
+def _compiled(lowered: Any, topology: Topology | None) -> tuple[Any, str]:
+    """The compiled program and its text.
+
+    The text is the one that libtpu itself writes, if it does: jaxlib refuses to read some of its programs (of libtpu 0.0.52 those with
+    gathers on the SparseCores of v5p). Where both are there they say the same.
+
+    Raises:
+      JaxRuntimeError: the compiler refuses the program, or there is no text.
+    """
+    with tempfile.TemporaryDirectory(prefix="datamux-jax-plan-") as folder:
+        written = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if topology else None
+        compiled = lowered.compile(compiler_options=written)
+        files = list(Path(folder).glob("*.after_codegen.txt"))
+        return compiled, files[0].read_text(encoding="utf-8") if len(files) == 1 else compiled.as_text()
 
 
 def _arguments(step: str) -> str:
