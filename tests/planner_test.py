@@ -346,6 +346,14 @@ def test_the_compiler_of_a_tpu_says_how_much_too_large_a_step_is():
 
 
 @pytest.mark.slow
+def test_gathers_on_sparse_cores_are_read():
+    """Many gathered numbers go to the SparseCores of a v5p, in instructions that jaxlib 0.10.2 cannot read."""
+    found = planned(tiny(num_instances=5, batch_groups=32, data__length=512), "v5p:2x2x1")
+    assert found.times.source == planner.BY_CYCLES
+    assert found.flops > 1e9
+
+
+@pytest.mark.slow
 def test_slices_talk_through_their_hosts():
     found = planned(tiny(batch_groups=8), "v5e:2x2", slices=2)
     assert found.devices == 8
