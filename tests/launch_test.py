@@ -77,7 +77,7 @@ def test_train_evaluate_predict(tmp_path):
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_who_interrupts_reads_whether_the_command_goes_on(goes_on):
-    program = f"import os; from launch import cli; cli.run(lambda argv: os.kill(os.getpid(), 2), goes_on=lambda: {goes_on})"
+    program = f"from launch import cli\ndef main(argv): raise KeyboardInterrupt\ncli.run(main, goes_on=lambda: {goes_on})"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (130, "")
     assert ("the same command goes on from there" in done.stderr) == goes_on
