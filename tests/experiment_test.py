@@ -15,6 +15,7 @@ from datamux_jax.config import validate
 from datamux_jax.data import tfds_text
 from datamux_jax.errors import InputError
 from datamux_jax.evaluate import evaluate
+from datamux_jax.plan import prepare
 from datamux_jax.runs import load_run
 from datamux_jax.train import train
 from tests.conftest import small_config, text_config
@@ -155,7 +156,8 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
         monkeypatch.setattr(ml_collections.ConfigDict, method, watching(getattr(ml_collections.ConfigDict, method)))
     monkeypatch.setitem(experiment.BASELINES, "char_tfidf", lambda config, split: {"name": "a stand-in", "accuracy": 0.5})
     experiment.run(two_stages(), tmp_path / "watched")
-    train(text_config(objective="electra", generator__kind="plain"), tmp_path / "pre-trained")
+    # Traced, not run: what pre-training reads, it reads then.
+    assert prepare(text_config(objective="electra", generator__kind="plain"), tmp_path / "pre-trained").model_flops > 0
     train(text_config(distill__teacher=str(tmp_path / "watched/n2"), steps=2), tmp_path / "taught")
     (tmp_path / "book.txt").write_text(
         "\n\n".join(f"The {number}th paragraph of a book, which is short." for number in range(400))

@@ -97,7 +97,7 @@ def test_without_a_coefficient_no_vocabulary_logits_exist(batch):
 def test_fillers_carry_no_loss(batch, name):
     """But for retrieval, where they count as in the published code."""
     config, model, params = make(retrieval_loss_coeff=0.0, model__pool="first", objective=name, mask_rate=0.5)
-    objective = OBJECTIVES[name](model, config)
+    objective = jax.jit(OBJECTIVES[name](model, config), static_argnums=3)
     if name == "tagging":
         batch = {**batch, "label": jnp.where(batch["mask"] == 1, batch["inputs"] % C, -100)}
     batch = {**batch, "weight": batch["weight"].at[3].set(0)}
@@ -110,7 +110,7 @@ def test_fillers_carry_no_loss(batch, name):
 @pytest.mark.parametrize("learned", [False, True])
 def test_gradient_reaches_every_trained_leaf_and_no_frozen_one(batch, learned):
     config, model, params = make(retrieval_loss_coeff=0.1, mux__learned=learned, model__init_stddev=0.3)
-    grads = jax.grad(lambda p: OBJECTIVES["classification"](model, config)(p, batch, RNGS, True)[0])(params)
+    grads = jax.jit(jax.grad(lambda p: OBJECTIVES["classification"](model, config)(p, batch, RNGS, True)[0]))(params)
     frozen = optimizer.frozen(params, learned)
     assert jax.tree.map(lambda g: not bool(jnp.any(g != 0)), grads) == frozen
 
