@@ -74,7 +74,7 @@ class Program:
 
     @classmethod
     def read(cls, text: str) -> Program:
-        """Splits the text that `compiled.as_text()` gives."""
+        """Splits the text of a compiled program, as XLA writes it."""
         computations: dict[str, list[str]] = {}
         entry = name = ""
         for line in text.splitlines():
