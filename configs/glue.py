@@ -15,6 +15,7 @@ section 3.3); N = 1 is the plain network. Scored is the development set, with th
     steps=          of the task
     groups=         mixed rows a step
     length=         tokens of a row
+    buckets=        texts of similar length are trained on together, in shorter rows
     rate=           learning rate
     dropout=        of activations and of attention
     pool=           what the classifier reads

@@ -1,12 +1,13 @@
 """What the configs of pre-training share: running text, sizes, stages."""
 
-from configs import common, models
+from configs import common, models, starting
 from datamux_jax.errors import InputError
 
 ARGUMENTS = {
     "n": (5,),
     "files": "",
     "tfds": "",
+    "init": "",
     "tokenizer": "",
     "vocab": 30522,
     "length": 512,
@@ -38,7 +39,11 @@ def base(text: str | None, kind: str, **defaults):
         size, rest = "", text or ""
     arg = common.parse_arg(rest, **(ARGUMENTS | defaults))
     c = common.get_config()
-    c.model.update(model_of(kind, size or "base"))
+    if arg.init:
+        arg.start = starting.take(c, arg.init, size, arg.n)
+    else:
+        arg.start = {}
+        c.model.update(model_of(kind, size or "base"))
     c.model.dropout_rate = c.model.attention_dropout_rate = arg.dropout
     if bool(arg.files) == bool(arg.tfds):
         raise InputError(
@@ -47,7 +52,7 @@ def base(text: str | None, kind: str, **defaults):
         )
     c.data.source = "files" if arg.files else "tfds"
     c.data.path, c.data.name = arg.files, arg.tfds
-    c.data.tokenizer = arg.tokenizer or ("bpe" if kind == "roberta" else "wordpiece")
+    c.data.tokenizer = arg.tokenizer or (c.data.tokenizer if arg.init else "bpe" if kind == "roberta" else "wordpiece")
     c.data.vocab_size = arg.vocab
     c.data.length = arg.length
     c.batch_groups = arg.groups
@@ -92,15 +97,15 @@ def stages(c, arg, pretraining: dict) -> None:
         raise InputError(f"stage={arg.stage!r} does not exist. Choose all, retrieval or pretraining.")
     runs = {}
     for n in arg.n:
-        start = {}
+        start = arg.start.to_dict()
         if n > 1 and arg.retrieval and arg.stage != "pretraining":
-            runs[f"n{n}-retrieval"] = common.instances(n) | {
+            runs[f"n{n}-retrieval"] = common.instances(n) | start | {
                 "objective": "retrieval",
                 "steps": arg.retrieval,
                 "optimizer": {"warmup_steps": arg.retrieval // 10},
             }
         if n > 1 and arg.retrieval:
-            start = {"init_from": f"../n{n}-retrieval"}
+            start |= {"init_from": f"../n{n}-retrieval"}
         if arg.stage != "retrieval":
             steps = {"steps": arg.steps, "optimizer": {"warmup_steps": min(10_000, arg.steps // 10)}}
             runs[f"n{n}"] = common.instances(n) | steps | start | pretraining

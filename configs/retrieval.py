@@ -17,5 +17,5 @@ def get_config(arg=None):
     c.objective = "retrieval"
     c.mux.norm = arg.norm
     c.steps = arg.steps
-    common.set_runs(c, {f"n{n}": common.instances(n) for n in arg.n})
+    common.set_runs(c, {f"n{n}": common.instances(n) | arg.start.to_dict() for n in arg.n})
     return c

@@ -1,9 +1,6 @@
 """What the configs of tasks share: sizes or weights to start from, stages, arguments."""
 
-import json
-
-from configs import common, models, pretraining
-from datamux_jax import packaged
+from configs import common, models, pretraining, starting
 from datamux_jax.errors import InputError
 
 ARGUMENTS = {
@@ -18,6 +15,7 @@ ARGUMENTS = {
     "rate": 1e-4,
     "dropout": 0.1,
     "pool": "mean",
+    "buckets": True,
     "distill": 0.0,
 }
 
@@ -37,18 +35,16 @@ def base(text: str | None, /, **defaults):
     """
     arg = common.parse_arg(text, **(ARGUMENTS | defaults))
     c = common.get_config()
-    if arg.init and arg.size:
-        raise InputError(f"init={arg.init} has its own sizes, so size={arg.size} has no place. Leave one of them out.")
-    given: dict = published(arg.init, c) if arg.init else {"model": model_of(arg.size or "4x256"), "num_instances": 1}
-    c.model.update(given["model"])
-    count = given["num_instances"]
-    if count > 1 and arg.n != (count,):
-        raise InputError(f"init={arg.init} mixes {count} instances, so nothing else can start from it. Give n={count}.")
-    arg.mixed = {key: given[key] for key in ("num_instances", "mux", "demux")} if count > 1 else {}
+    if arg.init:
+        arg.start = starting.take(c, arg.init, arg.size, arg.n)
+    else:
+        arg.start = {}
+        c.model.update(model_of(arg.size or "4x256"))
     c.model.dropout_rate = c.model.attention_dropout_rate = arg.dropout
     c.model.pool = arg.pool
-    c.data.tokenizer = arg.tokenizer or arg.init or "bytes"
+    c.data.tokenizer = arg.tokenizer or (c.data.tokenizer if arg.init else "bytes")
     c.data.length = arg.length
+    c.data.buckets = arg.buckets
     c.batch_groups = arg.groups
     c.optimizer.learning_rate = arg.rate
     c.eval.split = "validation"
@@ -58,27 +54,6 @@ def base(text: str | None, /, **defaults):
 def model_of(size: str) -> dict:
     """The keys of `config.model` for a key of `models.SIZES`, or `LAYERSxWIDTH` of BERT's family."""
     return models.SIZES[size] if size in models.SIZES else pretraining.model_of("bert", size.removeprefix("bert_"))
-
-
-def published(init: str, c) -> dict:
-    """The config, as nested dicts, of the run or the published network in a folder.
-
-    Raises:
-      InputError: there is none.
-    """
-    path = packaged.encoder(init) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"init={init} cannot be read: {error}. Name the folder of a run or of a published encoder, with its config.json, or one of "
-            f"{', '.join(packaged.PACKAGES)}."
-        ) from error
-    if "model" in config and "data" in config:
-        return config
-    from datamux_jax import hf_config  # Heavy import, needed for published encoders alone.
-
-    return hf_config.to_config(config, str(path), c).to_dict()
 
 
 def stages(c, arg, objective: str) -> None:
@@ -99,7 +74,7 @@ def stages(c, arg, objective: str) -> None:
         )
     runs = {}
     for n in sorted(arg.n, key=lambda n: n != 1) if arg.distill else arg.n:
-        start = {"init_from": arg.init, **arg.mixed.to_dict()}
+        start = arg.start.to_dict()
         if n > 1 and arg.warmup:
             runs[f"n{n}-warmup"] = stage(n, arg.warmup) | start | {"objective": "retrieval"}
             start |= {"init_from": f"../n{n}-warmup"}

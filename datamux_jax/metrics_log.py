@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,18 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
+class Work(NamedTuple):
+    """What one update amounts to.
+
+    Attributes:
+      positions: of all instances together.
+      peak_share: share of the machine's peak that one such update in a second is; None where the peak is not known.
+    """
+
+    positions: int
+    peak_share: float | None = None
+
+
 class MetricsLog:
     """Adds up the sums of steps, and writes their means every `log_every` steps.
 
@@ -37,8 +49,6 @@ class MetricsLog:
       run: folder of the run.
       done: steps that were done before.
       config: of the run.
-      positions: `L`, positions of an instance.
-      peak_share: share of the peak that one update in a second is; None where the peak is not known.
       write: whether this process writes; the others only check.
       window: of the checkpoint that the run goes on from.
     """
@@ -49,13 +59,12 @@ class MetricsLog:
         done: int,
         config: Any,
         *,
-        positions: int,
-        peak_share: float | None = None,
         write: bool = True,
         window: dict[str, Any] | None = None,
     ) -> None:
         self._path, self._config = run / FILE, config
-        self._positions, self._peak_share, self._write = positions, peak_share, write
+        self._write = write
+        self._work: list[Work] = []  # Of the updates since the clock was started.
         self._sums: metrics.Totals = {
             name: (np.array(total), np.array(weight)) for name, (total, weight) in (window or {}).items()
         }
@@ -81,7 +90,7 @@ class MetricsLog:
 
     def restart_clock(self, done: int) -> None:
         """Forgets the time up to step `done`: compilation says nothing about the rate."""
-        self._clock, self._since, self._waited = time.monotonic(), done, 0.0
+        self._clock, self._since, self._waited, self._work = time.monotonic(), done, 0.0, []
 
     def paused(self, seconds: float) -> None:
         """Leaves time out that was not spent on training."""
@@ -101,9 +110,11 @@ class MetricsLog:
                     "--workdir."
                 )
 
-    def add(self, done: int, sums: Any) -> str:
-        """Takes the sums of step `done`; returns the numbers for the progress line."""
+    def add(self, done: int, sums: Any, work: Work) -> str:
+        """Takes the sums of step `done`, and what it amounted to; returns the numbers for the progress line."""
         self.check(sums, done)
+        if done > self._since:
+            self._work.append(work)
         self._sums = metrics.merge([self._sums, sums])
         if done % self._config.log_every == 0 or done == self._config.steps:
             now = time.monotonic()
@@ -115,13 +126,13 @@ class MetricsLog:
             if updates:  # None if the clock was started again at this very step.
                 line |= {
                     "instances_per_second": instances,
-                    "tokens_per_second": instances * self._positions,
+                    "tokens_per_second": sum(one.positions for one in self._work) / seconds,
                     "data_wait_share": min(self._waited / seconds, 1.0),
                 }
-            if updates and self._peak_share is not None:
-                line["mfu"] = self._peak_share * updates / seconds
+            if updates and work.peak_share is not None:
+                line["mfu"] = sum(one.peak_share or 0.0 for one in self._work) / seconds
             self.write(done, line)
-            self._sums, self._clock, self._since, self._waited = {}, now, done, 0.0
+            self._sums, self._clock, self._since, self._waited, self._work = {}, now, done, 0.0, []
             self._text = _summary(means, instances)
         return self._text
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import flops, losses, optimizer, saved, scoring, sharding, task_metrics
+from datamux_jax import flops, grouping, losses, optimizer, saved, scoring, sharding, task_metrics
 from datamux_jax.backbones.vision import VISION
 from datamux_jax.build import build, build_generator
 from datamux_jax.classifier import build_classifier
@@ -21,7 +21,7 @@ from datamux_jax.config import validate
 from datamux_jax.data import pipeline
 from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError, choose
-from datamux_jax.metrics_log import check_boards
+from datamux_jax.metrics_log import Work, check_boards
 from datamux_jax.model import MultiplexedTransformer, Network
 from datamux_jax.objectives import OBJECTIVES, Objective
 from datamux_jax.step import TrainState, make_step, placed, state_maker
@@ -84,20 +84,31 @@ class Plan:
         """Shapes and shardings of a global batch."""
         return self.shapes_of(self.config.batch_groups)
 
-    def shapes_of(self, groups: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a global batch of so many groups."""
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths that training batches are cut to, the longest last; none where all are as long."""
+        return grouping.bucket_lengths(self.format.length) if self.config.data.buckets else ()
+
+    @property
+    def cut(self) -> int:
+        """Positions that an index prefix takes from the end of every row."""
+        return self.model.cut if isinstance(self.model, MultiplexedTransformer) else 0
+
+    def shapes_of(self, groups: int, length: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a global batch of so many groups, with rows of the given length or of the longest."""
         fmt, where = self.format, sharding.batch_sharding(self.mesh)
+        length = length or fmt.length
         rows = (groups, self.config.num_instances)
         shapes = {
-            "inputs": (rows + fmt.input_shape, fmt.input_dtype),
-            "mask": ((*rows, fmt.length), "int32"),
-            "label": ((*rows, fmt.length) if fmt.token_labels else rows, "float32" if fmt.numbers else "int32"),
+            "inputs": ((*rows, length, *fmt.input_shape[1:]), fmt.input_dtype),
+            "mask": ((*rows, length), "int32"),
+            "label": ((*rows, length) if fmt.token_labels else rows, "float32" if fmt.numbers else "int32"),
             "weight": (rows, "float32"),
         }
         if self.config.distill.teacher:
             outputs = (len(fmt.label_names),) if fmt.label_names else ()
             # Logits of every token are many, and half the bits say as much.
-            tagging = ((*rows, fmt.length, *outputs), "float16")
+            tagging = ((*rows, length, *outputs), "float16")
             shapes["teacher"] = tagging if fmt.token_labels else (rows + outputs, "float32")
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
 
@@ -140,20 +151,23 @@ class Plan:
                 content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()
 
-    @property
-    def model_flops(self) -> float:
-        """Floating-point operations of one update, all devices together, by the usual convention (`flops.training_flops`)."""
+    def model_flops(self, length: int | None = None) -> float:
+        """Floating-point operations of one update, all devices together, by the usual convention (`flops.training_flops`).
+
+        Args:
+          length: of the rows; by default the longest.
+        """
         keys = {name: jax.eval_shape(lambda: jax.random.key(0)) for name in ("dropout", "corruption")}
         return flops.training_flops(
             lambda params, batch, rngs: self.objective(params, batch, rngs, True),
-            *(self.abstract.params, self.batch_shapes, keys),
+            *(self.abstract.params, self.shapes_of(self.config.batch_groups, length), keys),
         )
 
-    @property
-    def peak_share(self) -> float | None:
-        """Share of the machine's peak that one update in a second is; None where the peak is not known."""
+    def work(self, length: int) -> Work:
+        """What one update on rows of the given length amounts to."""
         peak = flops.peak(self.mesh.devices.flat[0])
-        return None if peak is None else self.model_flops / (peak * self.mesh.size)
+        share = None if peak is None else self.model_flops(length) / (peak * self.mesh.size)
+        return Work(self.config.batch_groups * self.config.num_instances * length, share)
 
 
 def prepare(config: Any, run: Path | None = None) -> Plan:
@@ -227,6 +241,11 @@ def _check_data(config: Any, fmt: Format) -> None:
     if config.objective == "regression" and fmt.label_names:
         raise InputError(
             f"objective = 'regression' predicts a number, but the labels of {config.data.source!r} are classes. Use 'classification'."
+        )
+    if config.data.buckets and (fmt.corpus or not fmt.vocab_size):
+        raise InputError(
+            f"data.buckets = True puts texts of similar length together, but those of the data source {config.data.source!r} all have the "
+            "same. Set data.buckets to False."
         )
     if config.demux.prefix == "cut" and config.demux.name == "index" and fmt.length <= config.num_instances + 1:
         raise InputError(

@@ -153,7 +153,7 @@ STEPS = {
         lambda config, devices: sharding.make_mesh(config, config.batch_groups, devices),
         lambda plan: plan.config.batch_groups,
         lambda plan: (plan.jitted_step(), (plan.abstract, plan.batch_shapes)),
-        lambda plan: plan.model_flops,
+        lambda plan: plan.model_flops(),
     ),
     "evaluate": Step(_all_data, _eval_groups, _evaluation, _forward_flops(_evaluation)),
     "predict": Step(_all_data, _eval_groups, _prediction, _forward_flops(_prediction)),

@@ -141,33 +141,63 @@ def _accumulated(objective: Objective, mesh: jax.sharding.Mesh, count: int) -> C
 
 
 class CompiledStep:
-    """A step that is compiled once, for the shapes of the first batch; other shapes are refused, not compiled again."""
+    """A step that is compiled once for each length of rows that is foreseen; other shapes are refused, not compiled again.
 
-    def __init__(self, step: Any, state: Any, batch: Batch) -> None:
-        self._expected = _shapes(batch)
-        self.compiled = step.lower(state, batch).compile()
+    Args:
+      step: the jitted step.
+      state: the state that it will be called with.
+      batch: the first batch.
+      lengths: of rows, beside those of the first batch, that batches may have.
+    """
+
+    def __init__(self, step: Any, state: Any, batch: Batch, lengths: tuple[int, ...] = ()) -> None:
+        self._step, self._lengths = step, lengths
+        self._compiled: dict[int, Any] = {}
+        self._expected: dict[int, dict[str, str]] = {}
+        self._compile(state, batch)
+
+    def compile_for(self, state: Any, batch: Batch) -> bool:
+        """Compiles the step if rows as long as the batch's are foreseen and come for the first time; whether it did."""
+        length = _length(batch)
+        if length in self._compiled or length not in self._lengths:
+            return False
+        self._compile(state, batch)
+        return True
+
+    def _compile(self, state: Any, batch: Batch) -> None:
+        self._compiled[_length(batch)] = self._step.lower(state, batch).compile()
+        self._expected[_length(batch)] = _shapes(batch)
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, Sums]:
         """One update.
 
         Raises:
-          InputError: the batch has other arrays, shapes, types or shardings than the first one.
+          InputError: the batch has other arrays, shapes, types or shardings than the first one with rows of its length.
         """
+        self.compile_for(state, batch)
+        length = _length(batch)
+        if length not in self._compiled:
+            length = next(iter(self._compiled))
         try:
-            return self.compiled(state, batch)
+            return self._compiled[length](state, batch)
         except (TypeError, ValueError) as error:
-            got = _shapes(batch)
+            got, expected = _shapes(batch), self._expected[length]
             different = [
-                f"{name}: {self._expected.get(name, 'absent')} first, {got.get(name, 'absent')} now"
-                for name in sorted(got.keys() | self._expected.keys())
-                if got.get(name) != self._expected.get(name)
+                f"{name}: {expected.get(name, 'absent')} first, {got.get(name, 'absent')} now"
+                for name in sorted(got.keys() | expected.keys())
+                if got.get(name) != expected.get(name)
             ]
             if not different:
                 raise
             raise InputError(
                 f"A batch differs from the first one of this run ({'; '.join(different)}), so the step would be compiled again. One "
-                "compilation serves a run: let the data source give every batch the same arrays, shapes and types."
+                "compilation serves a run, or one for each length of rows: let the data source give every batch the same arrays, shapes "
+                "and types."
             ) from error
+
+
+def _length(batch: Batch) -> int:
+    return batch["mask"].shape[-1]
 
 
 def _shapes(batch: Batch) -> dict[str, str]:

@@ -101,6 +101,8 @@ class _Loop:
             instances=config.num_instances,
             seed=config.seed,
             mine=sharding.local_groups(plan.mesh, config.batch_groups),
+            lengths=plan.lengths,
+            extra=plan.cut,
         )
         if host is not None:
             self._data.set_state(host["position"])
@@ -111,12 +113,11 @@ class _Loop:
             run,
             self._done,
             config,
-            positions=plan.format.length,
-            peak_share=plan.peak_share,
             write=distributed.is_primary(),
             window=host and host["window"],
         )
         self._step: CompiledStep | None = None
+        self._work = functools.cache(plan.work)
         self._tracing = False
         self._scoring = scoring.scoring_step(config, plan.model, plan.generator)
 
@@ -135,23 +136,23 @@ class _Loop:
             pending = None
             while self._done < config.steps and not distributed.reached_stop(stop()):
                 first = self._step is None
-                sums = self._update()
+                now = self._update()
                 if pending is not None:
                     # One step late: the device already works on the next step while these numbers travel.
-                    progress.update(self._done - 1, self._log.add(self._done - 1, jax.device_get(pending)))
+                    progress.update(self._done - 1, self._add(self._done - 1, *pending))
                 if first and self._done < config.steps:
-                    jax.block_until_ready(sums)  # The first step compiles; the clocks start after it.
+                    jax.block_until_ready(now)  # The first step compiles; the clocks start after it.
                     progress.restart_clock(self._done)
                     self._log.restart_clock(self._done)
-                pending = sums
+                pending = now
                 if self._due(config.eval.every) or (self._done < config.steps and self._due(config.checkpoint.every)):
                     # A line belongs on the disk before the checkpoint that it leads to; and what diverged is not saved.
-                    progress.update(self._done, self._log.add(self._done, jax.device_get(pending)))
+                    progress.update(self._done, self._add(self._done, *pending))
                     pending = None
                     self._save()
             self._end_trace()
             if pending is not None:
-                progress.update(self._done, self._log.add(self._done, jax.device_get(pending)))
+                progress.update(self._done, self._add(self._done, *pending))
             if self._done > self._saved:
                 self._save()
             self._saves.wait()
@@ -162,19 +163,27 @@ class _Loop:
                 f"Stopped at step {self._done} of {config.steps}; the state is saved. The same command goes on from there."
             )
 
-    def _update(self) -> Any:
+    def _add(self, done: int, sums: Any, length: int) -> str:
+        return self._log.add(done, jax.device_get(sums), self._work(length))
+
+    def _update(self) -> tuple[Any, int]:
+        """Does one step; returns its sums, which may not be there yet, and how long its rows were."""
         plan = self._plan
         asked = time.monotonic()
         rows = next(self._data)
         self._log.waited(time.monotonic() - asked)
         batch = sharding.put_batch(rows, plan.mesh, self._config.batch_groups)
         if self._step is None:
-            self._step = CompiledStep(plan.jitted_step(), self._state, batch)
+            self._step = CompiledStep(plan.jitted_step(), self._state, batch, plan.lengths)
+        else:
+            began = time.monotonic()
+            if self._step.compile_for(self._state, batch):
+                self._log.paused(time.monotonic() - began)
         self._trace(starting=True)
         self._state, sums = self._step(self._state, batch)
         self._done += 1
         self._trace(starting=False)
-        return sums
+        return sums, rows["mask"].shape[-1]
 
     def _trace(self, starting: bool) -> None:
         """Starts the profiler's trace before the first step asked for, and ends it after the last one."""

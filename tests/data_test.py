@@ -152,3 +152,54 @@ def test_wrong_texts_are_refused():
     fmt, _ = pipeline.load(text_config())
     with pytest.raises(InputError, match=r"an entry is 3 of type int"):
         fmt.encode(["a", 3])
+
+
+@pytest.fixture
+def texts():
+    """100 texts of 2 to 40 tokens; each token is the number of its text."""
+    sizes = np.random.default_rng(0).integers(2, 41, 100)
+    mask = (np.arange(40) < sizes[:, None]).astype(np.int32)
+    number = np.arange(100)
+    return {
+        "inputs": number[:, None] * mask,
+        "mask": mask,
+        "label": number[:, None].repeat(40, 1),
+        "teacher": np.zeros((100, 40, 3), np.float16),
+    }
+
+
+def test_texts_of_similar_length_share_batches_which_are_cut(texts):
+    settings = {"groups": 2, "instances": 3, "lengths": (16, 32, 40)}
+    batches = take(texts, 200, **settings)
+    assert {batch["mask"].shape[-1] for batch in batches} == {16, 32, 40}
+    for batch in batches:
+        length = batch["mask"].shape[-1]
+        assert {name: x.shape[2] for name, x in batch.items() if x.ndim > 2} == dict.fromkeys(
+            ("inputs", "mask", "label", "teacher"), length
+        )
+        numbers = batch["label"][..., 0]
+        np.testing.assert_array_equal(batch["mask"].sum(-1), texts["mask"][numbers].sum(-1))  # Nothing is lost,
+        assert batch["mask"].sum(-1).max() > {16: 0, 32: 16, 40: 32}[length]  # and no row is longer than it must be.
+    # 192 batches are 6 windows: what they hold is what batches without lengths hold.
+    plain = take(texts, 192, groups=2, instances=3)
+    counts = [collections.Counter(np.concatenate([b["label"][..., 0].ravel() for b in one])) for one in (batches[:192], plain)]
+    assert counts[0] == counts[1]
+    # Lengths in the order of their batches are no blocks.
+    first = [batch["mask"].shape[-1] for batch in batches[:32]]
+    assert first not in (sorted(first), sorted(first, reverse=True))
+
+
+def test_hosts_cut_a_batch_alike(texts):
+    settings = {"groups": 2, "instances": 3, "lengths": (16, 32, 40)}
+    whole = take(texts, 40, **settings)
+    halves = [take(texts, 40, mine=np.array([host]), **settings) for host in range(2)]
+    for step in range(40):
+        joined = np.concatenate([halves[host][step]["inputs"] for host in range(2)])
+        np.testing.assert_array_equal(joined, whole[step]["inputs"])
+
+
+def test_rows_have_room_for_a_prefix_that_takes_the_last_tokens(texts):
+    for batch in take(texts, 64, groups=2, instances=3, lengths=(16, 32, 40), extra=4):
+        room = batch["mask"].shape[-1] - 4
+        numbers = batch["label"][..., 0]
+        assert (texts["mask"][numbers].sum(-1) <= max(room, 40 * (room == 36))).all()

@@ -157,7 +157,7 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(experiment.BASELINES, "char_tfidf", lambda config, split: {"name": "a stand-in", "accuracy": 0.5})
     experiment.run(two_stages(), tmp_path / "watched")
     # Traced, not run: what pre-training reads, it reads then.
-    assert prepare(text_config(objective="electra", generator__kind="plain"), tmp_path / "pre-trained").model_flops > 0
+    assert prepare(text_config(objective="electra", generator__kind="plain"), tmp_path / "pre-trained").model_flops() > 0
     train(text_config(distill__teacher=str(tmp_path / "watched/n2"), steps=2), tmp_path / "taught")
     (tmp_path / "book.txt").write_text(
         "\n\n".join(f"The {number}th paragraph of a book, which is short." for number in range(400))

@@ -17,7 +17,7 @@ import pytest
 from datamux_jax import curves, optimizer, saved, workdir
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError, Interrupted
-from datamux_jax.metrics_log import MetricsLog, read_lines
+from datamux_jax.metrics_log import MetricsLog, Work, read_lines
 from datamux_jax.runs import load_run
 from datamux_jax.train import stop_signals, train
 from tests.conftest import small_config, text_config
@@ -237,15 +237,15 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
 
 def test_divergence_stops_and_names_the_term(tmp_path):
     config = small_config()
-    log = MetricsLog(tmp_path, 0, config, positions=8)
+    log = MetricsLog(tmp_path, 0, config)
     with pytest.raises(InputError, match="task_loss is not finite at step 3"):
-        log.add(3, {"task_loss": (np.float32("nan"), np.float32(1))})
+        log.add(3, {"task_loss": (np.float32("nan"), np.float32(1))}, Work(8))
 
 
 def test_a_resumed_log_drops_lines_past_its_start(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-    MetricsLog(tmp_path, 4, small_config(), positions=8)
+    MetricsLog(tmp_path, 4, small_config())
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 

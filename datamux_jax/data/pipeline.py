@@ -23,6 +23,7 @@ from datamux_jax.data.token_cache import chunks, tokenised
 from datamux_jax.errors import InputError
 
 IN_BATCHES = ("inputs", "mask", "label", "teacher")  # What a device sees; `word` and `gold` are for people.
+WINDOW = 32  # Training batches over which examples of similar length are gathered.
 IGNORED = -100  # The label where there is nothing to predict.
 
 
@@ -133,12 +134,22 @@ def _say(source: Source, text: str) -> None:
 
 
 def train_iterator(
-    arrays: Arrays, *, groups: int, instances: int, seed: int, mine: np.ndarray | None = None
+    arrays: Arrays,
+    *,
+    groups: int,
+    instances: int,
+    seed: int,
+    mine: np.ndarray | None = None,
+    lengths: tuple[int, ...] = (),
+    extra: int = 0,
 ) -> grain.DatasetIterator:
     """Endless training batches of `groups` x `instances` examples, all processes together.
 
     Every epoch is a fresh permutation, cut into consecutive groups of `instances`; a batch may span two epochs, so no example
     is ever dropped.
+
+    With `lengths` the examples of every `WINDOW` batches are dealt out anew: those that fit the same of the lengths stand in the same
+    batches, which come in random order and are cut to it. Companions have mixed lengths up to that one.
 
     Args:
       arrays: one row an example.
@@ -146,29 +157,55 @@ def train_iterator(
       instances: `N`.
       seed: of the permutations.
       mine: which groups of each batch this process reads (`sharding.local_groups`); default: all.
+      lengths: to choose the length of a batch from, ascending; the last one holds everything. None: batches are never cut.
+      extra: positions that an example needs beside its own (an index prefix in place of the last tokens).
 
     Returns:
       A checkpointable grain iterator over dicts of `[groups of this process, N, ...]` arrays, `weight` (all ones) included. Its state
       is the number of the next batch, the same for every process and mesh.
     """
     rows = len(arrays["inputs"])
+    size = groups * instances
     mine = np.arange(groups) if mine is None else mine
+    buckets = np.searchsorted(lengths[:-1], arrays["mask"].sum(-1) + extra) if lengths else np.zeros(rows, int)
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(rows)
 
-    def batch(step: int) -> Arrays:
-        position = ((step * groups + mine) * instances)[:, None] + np.arange(instances)
-        epochs, offsets = np.divmod(position, rows)
-        index = np.empty_like(position)
+    def examples(positions: np.ndarray) -> np.ndarray:
+        """Row numbers at the given positions of the endless stream."""
+        epochs, offsets = np.divmod(positions, rows)
+        index = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             index[here] = order(int(epoch))[offsets[here]]
-        return _gather(arrays, index, np.ones(index.shape, np.float32))
+        return index
+
+    @functools.lru_cache(maxsize=2)
+    def window(number: int) -> np.ndarray:
+        """Row numbers `[WINDOW, B, N]` of the batches of a window."""
+        index = examples(np.arange(number * WINDOW * size, (number + 1) * WINDOW * size))
+        index = index[np.argsort(buckets[index], kind="stable")]
+        return np.random.default_rng((seed, number, 1)).permutation(index.reshape(WINDOW, groups, instances))
+
+    def batch(step: int) -> Arrays:
+        if not lengths:
+            position = ((step * groups + mine) * instances)[:, None] + np.arange(instances)
+            return _gather(arrays, examples(position), np.ones(position.shape, np.float32))
+        index = window(step // WINDOW)[step % WINDOW]
+        rows = _gather(arrays, index[mine], np.ones(index[mine].shape, np.float32))
+        return _cut(rows, lengths[buckets[index].max()])
 
     steps = grain.MapDataset.range(2**31 - 1).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def _cut(batch: Arrays, length: int) -> Arrays:
+    """A batch whose arrays by position have `length` of them."""
+    # Labels and a teacher's logits are by position in tagging alone, and have one axis more then.
+    by_position = {"inputs": 3, "mask": 3, "label": 3, "teacher": 4}
+    return {name: x[:, :, :length] if x.ndim == by_position.get(name) else x for name, x in batch.items()}
 
 
 def eval_batches(
