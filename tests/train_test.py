@@ -283,6 +283,24 @@ def test_a_line_says_the_same_whether_the_run_was_interrupted_within_its_window_
     assert both[0] == both[1]
 
 
+def test_training_in_length_buckets_goes_on_with_the_same_batches_and_counts_what_it_reads(tmp_path, monkeypatch):
+    config = text_config(data__length=20, data__buckets=True, steps=8, log_every=4)
+    train(config, tmp_path / "whole")
+    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(3))
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "parts")
+    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    train(config, tmp_path / "parts")
+    chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
+    line = lines(tmp_path / "whole")[-1]
+    assert 16 * 0.99 < line["tokens_per_second"] / line["instances_per_second"] < 20 * 0.99
+
+
+def test_buckets_of_inputs_that_are_all_as_long_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"data.buckets = True.*'digits' all have the same"):
+        train(small_config(data__buckets=True), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

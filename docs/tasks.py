@@ -1,0 +1,124 @@
+"""Prints the tables of docs/tasks.md and draws its pictures: python docs/tasks.py runs (the folder of its runs)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+# Task -> its heading, its metric and the share of a point that one unit of it is.
+TASKS = {
+    "sst2": ("SST-2, accuracy", "accuracy"),
+    "cola": ("CoLA, Matthews x 100", "matthews"),
+    "ewt": ("EWT tagging, accuracy", "accuracy"),
+    "rte": ("RTE, accuracy", "accuracy"),
+    "stsb": ("STS-B, Spearman x 100", "spearman"),
+}
+COUNTS = (1, 2, 5, 10)
+KINDS = {"": ("without warm-up", "tab:blue"), "-warm": ("with warm-up", "tab:orange")}
+SMOOTHED = 5  # Logged lines that a point of a curve is the mean of.
+
+
+def scores(runs: Path, task: str, n: int, kind: str, ensemble: int = 1) -> dict[str, Any] | None:
+    """What the evaluation of a run wrote, if there is one."""
+    name = f"metrics-ensemble-{ensemble}.json" if ensemble > 1 else "metrics.json"
+    path = runs / f"{task}-n{n}{kind}" / f"n{n}" / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def line(one: dict[str, Any] | None, metric: str) -> list[str]:
+    """The cells of an evaluation: the score, its standard deviation over groupings, lowest and highest slot, retrieval."""
+    if one is None:
+        return ["", "", ""]
+    slots = one.get(f"{metric}_per_slot") or []
+    mean = f"{100 * one[metric]:.1f}" + (f" ± {100 * one[f'{metric}_std']:.1f}" if one["num_instances"] > 1 else "")
+    spread = f"{100 * min(slots):.1f} to {100 * max(slots):.1f}" if len(slots) > 1 else ""
+    read = one.get("retrieval_accuracy")
+    return [mean, spread, "" if read is None else f"{100 * read:.1f}"]
+
+
+def table(runs: Path, task: str) -> str:
+    """The table of a task."""
+    title, metric = TASKS[task]
+    rows = [["N", "warm-up", title, "its slots", "token retrieval", "fed 5 times"], ["-"] * 6]
+    for n in COUNTS:
+        for kind in KINDS:
+            one = scores(runs, task, n, kind)
+            if one is not None:
+                often = scores(runs, task, n, kind, ensemble=5)
+                whether = "" if n == 1 else "yes" if kind else "no"
+                rows.append([str(n), whether, *line(one, metric), line(often, metric)[0]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(runs: Path) -> pyplot.Figure:
+    """Score against N, one panel a task."""
+    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(16, 3.6), layout="constrained")
+    for panel, (task, (title, metric)) in zip(panels, TASKS.items(), strict=True):
+        plain = scores(runs, task, 1, "")
+        for kind, (label, color) in KINDS.items():
+            found = [(n, one) for n in COUNTS[1:] if (one := scores(runs, task, n, kind))]
+            points = [(1, plain)] * (plain is not None) + found
+            if found:
+                low, high = (
+                    [100 * side([one[metric], *(one.get(f"{metric}_per_slot") or [])]) for _, one in points] for side in (min, max)
+                )
+                panel.plot([n for n, _ in points], [100 * one[metric] for _, one in points], "o-", color=color, label=label)
+                panel.fill_between([n for n, _ in points], low, high, color=color, alpha=0.15, linewidth=0)
+            for n in COUNTS[1:]:
+                if often := scores(runs, task, n, kind, ensemble=5):
+                    panel.plot([n], [100 * often[metric]], "*", color=color, markersize=11, label=f"{label}, fed 5 times")
+        panel.set(title=title, xlabel="N", xscale="log", xticks=COUNTS[: 2 + max((n > 2) + (n > 5) for n in _counts(runs, task))])
+        panel.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _counts(runs: Path, task: str) -> list[int]:
+    return [n for n in COUNTS if any(scores(runs, task, n, kind) for kind in KINDS)] or [1]
+
+
+def curves(runs: Path) -> pyplot.Figure:
+    """The task's training loss against the step, one panel a task."""
+    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(16, 3.6), layout="constrained")
+    for panel, (task, (title, _)) in zip(panels, TASKS.items(), strict=True):
+        for color, n in enumerate(COUNTS):
+            for kind, style in zip(KINDS, ("--", "-"), strict=True):
+                path = runs / f"{task}-n{n}{kind}" / f"n{n}" / "metrics.jsonl"
+                if not path.exists():
+                    continue
+                logged = [json.loads(text) for text in path.read_text().splitlines()]
+                points = [(one["step"], one["task_loss"]) for one in logged if "task_loss" in one]
+                means = [
+                    sum(loss for _, loss in points[max(0, i + 1 - SMOOTHED) : i + 1]) / min(i + 1, SMOOTHED)
+                    for i in range(len(points))
+                ]
+                label = f"N = {n}" + ("" if n == 1 else ", with warm-up" if kind else ", without")
+                panel.plot([step for step, _ in points], means, style, color=f"C{color}", label=label)
+        panel.set(title=title.partition(",")[0], xlabel="step", ylabel="training loss of the task", ylim=(0, None))
+        panel.grid(alpha=0.3)
+    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7, frameon=False)
+    return figure
+
+
+def main() -> None:
+    runs = Path(sys.argv[1])
+    for task in TASKS:
+        print(table(runs, task), end="\n\n")
+    images = Path(__file__).parent / "images"
+    draw(runs).savefig(images / "tasks.png", dpi=90, facecolor="white")
+    curves(runs).savefig(images / "tasks-curves.png", dpi=90, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()
