@@ -8,6 +8,7 @@ and does not say how long its two stages were. Arguments:
     base            a size, first and without a name: small, base, large or LAYERSxWIDTH, the width a multiple of 64
     n=1+2+5         numbers of instances; 1 is the plain network
     files=          a file, folder or pattern of text; or tfds= a data set of TensorFlow Datasets
+    init=           weights to start from, with their sizes and tokenizer: the folder of a run or of a published encoder, or minilm
     tokenizer=      wordpiece (default) or bpe, trained on the text; bytes; or a file or folder with one
     vocab=          size of a trained vocabulary
     length=         tokens of a chunk

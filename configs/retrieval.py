@@ -4,6 +4,8 @@
 
 Settings of the published code: RoBERTa's conventions, 128 tokens, 24 groups, learning rate 5e-5, linear, no warm-up steps, instance
 vectors of norm 20, 500,000 steps. Arguments as in `configs/muxbert.py`; `norm=` of the instance vectors, 0 for unit variance.
+
+One warm-up serves many tasks: `configs/glue.py:sst2,n=2,init=runs/retrieval/n2,warmup=0`.
 """
 
 from configs import common, pretraining

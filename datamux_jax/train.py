@@ -131,7 +131,7 @@ class _Loop:
         config = self._config
         if self._done:
             print(f"{label}: goes on from step {self._done} of {config.steps}", flush=True)
-        progress = Progress(label, config.steps, self._done)
+        self._progress = progress = Progress(label, config.steps, self._done)
         with stop_signals() as stop, contextlib.closing(progress), contextlib.closing(self._log):
             pending = None
             while self._done < config.steps and not distributed.reached_stop(stop()):
@@ -178,12 +178,17 @@ class _Loop:
         else:
             began = time.monotonic()
             if self._step.compile_for(self._state, batch):
-                self._log.paused(time.monotonic() - began)
+                self._paused(time.monotonic() - began)
         self._trace(starting=True)
         self._state, sums = self._step(self._state, batch)
         self._done += 1
         self._trace(starting=False)
         return sums, rows["mask"].shape[-1]
+
+    def _paused(self, seconds: float) -> None:
+        """Tells the clocks of time that says nothing about the rate: compiling, evaluating."""
+        self._log.paused(seconds)
+        self._progress.paused(seconds)
 
     def _trace(self, starting: bool) -> None:
         """Starts the profiler's trace before the first step asked for, and ends it after the last one."""
@@ -223,7 +228,7 @@ class _Loop:
         scored = scoring.score(self._scoring, self._state.params, plan.examples, config, plan.mesh, seed=0)
         scores = metrics.means(scored.totals) | predicted.numbers(scored, plan.examples, plan.format, config.num_instances)
         self._log.write(self._done, {f"eval_{name}": value for name, value in scores.items()})
-        self._log.paused(time.monotonic() - began)
+        self._paused(time.monotonic() - began)
         shown = {name: value for name, value in scores.items() if isinstance(value, float)}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         print(f"\nevaluation at step {self._done}: {text}", flush=True)
