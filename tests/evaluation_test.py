@@ -23,6 +23,7 @@ from datamux_jax.errors import InputError
 from datamux_jax.evaluate import check_ensemble, evaluate, evaluate_run, examples_of
 from datamux_jax.losses import NO_LABEL
 from datamux_jax.metrics_log import read_lines
+from datamux_jax.plan import prepare
 from datamux_jax.runs import load_run
 from datamux_jax.train import train
 from tests.conftest import small_config, text_config
@@ -359,6 +360,16 @@ def test_an_ensemble_is_that_of_prediction(digits_run, tmp_path):
     np.testing.assert_allclose(scored.outputs[0, order[:whole]], expected, atol=1e-5)
     once = scoring.score(step, run.params, arrays, run.config, run.mesh, seed=3)
     assert np.abs(once.outputs[0] - scored.outputs[0]).max() > 1e-3
+
+
+def test_an_ensemble_does_not_read_every_token_back():
+    plan = prepare(text_config(retrieval_loss_coeff=0.1))
+    scored = {}
+    for logits in (False, True):
+        step = scoring.scoring_step(plan.config, plan.model, None, logits=logits)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        scored[logits] = set(jax.eval_shape(step, plan.abstract.params, plan.batch_shapes, key)[0])
+    assert scored[False] - scored[True] == {"retrieval_loss", "retrieval_accuracy"}
 
 
 def test_every_example_is_averaged_with_itself_alone():
