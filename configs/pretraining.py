@@ -99,11 +99,8 @@ def stages(c, arg, pretraining: dict) -> None:
     for n in arg.n:
         start = arg.start.to_dict()
         if n > 1 and arg.retrieval and arg.stage != "pretraining":
-            runs[f"n{n}-retrieval"] = common.instances(n) | start | {
-                "objective": "retrieval",
-                "steps": arg.retrieval,
-                "optimizer": {"warmup_steps": arg.retrieval // 10},
-            }
+            stage = {"objective": "retrieval", "steps": arg.retrieval, "optimizer": {"warmup_steps": arg.retrieval // 10}}
+            runs[f"n{n}-retrieval"] = common.instances(n) | start | stage
         if n > 1 and arg.retrieval:
             start |= {"init_from": f"../n{n}-retrieval"}
         if arg.stage != "retrieval":

@@ -244,8 +244,8 @@ def _check_data(config: Any, fmt: Format) -> None:
         )
     if config.data.buckets and (fmt.corpus or not fmt.vocab_size):
         raise InputError(
-            f"data.buckets = True puts texts of similar length together, but those of the data source {config.data.source!r} all have the "
-            "same. Set data.buckets to False."
+            f"data.buckets = True puts texts of similar length together, but inputs of the data source {config.data.source!r} all have "
+            "the same. Set data.buckets to False."
         )
     if config.demux.prefix == "cut" and config.demux.name == "index" and fmt.length <= config.num_instances + 1:
         raise InputError(

@@ -191,8 +191,8 @@ class CompiledStep:
                 raise
             raise InputError(
                 f"A batch differs from the first one of this run ({'; '.join(different)}), so the step would be compiled again. One "
-                "compilation serves a run, or one for each length of rows: let the data source give every batch the same arrays, shapes "
-                "and types."
+                "compilation serves a run, or one for each length of rows that is foreseen: let the data source give every batch the "
+                "same arrays, shapes and types."
             ) from error
 
 

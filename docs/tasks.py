@@ -66,15 +66,14 @@ def draw(runs: Path) -> pyplot.Figure:
             found = [(n, one) for n in COUNTS[1:] if (one := scores(runs, task, n, kind))]
             points = [(1, plain)] * (plain is not None) + found
             if found:
-                low, high = (
-                    [100 * side([one[metric], *(one.get(f"{metric}_per_slot") or [])]) for _, one in points] for side in (min, max)
-                )
+                slots = [[one[metric], *(one.get(f"{metric}_per_slot") or [])] for _, one in points]
+                low, high = ([100 * side(values) for values in slots] for side in (min, max))
                 panel.plot([n for n, _ in points], [100 * one[metric] for _, one in points], "o-", color=color, label=label)
                 panel.fill_between([n for n, _ in points], low, high, color=color, alpha=0.15, linewidth=0)
             for n in COUNTS[1:]:
                 if often := scores(runs, task, n, kind, ensemble=5):
                     panel.plot([n], [100 * often[metric]], "*", color=color, markersize=11, label=f"{label}, fed 5 times")
-        panel.set(title=title, xlabel="N", xscale="log", xticks=COUNTS[: 2 + max((n > 2) + (n > 5) for n in _counts(runs, task))])
+        panel.set(title=title, xlabel="N", xscale="log", xticks=_counts(runs, task))
         panel.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         panel.minorticks_off()
         panel.grid(alpha=0.3)
@@ -84,7 +83,7 @@ def draw(runs: Path) -> pyplot.Figure:
 
 
 def _counts(runs: Path, task: str) -> list[int]:
-    return [n for n in COUNTS if any(scores(runs, task, n, kind) for kind in KINDS)] or [1]
+    return [n for n in COUNTS if any(scores(runs, task, n, kind) for kind in KINDS)]
 
 
 def curves(runs: Path) -> pyplot.Figure:
