@@ -7,7 +7,7 @@ import math
 import jax
 import pytest
 
-from configs import glue, tagging, text_files
+from configs import glue, muxbert, retrieval, tagging, text_files
 from datamux_jax import experiment, packaged, workdir
 from datamux_jax.data import pipeline, tokenizers
 from datamux_jax.data.formats import Format
@@ -75,11 +75,26 @@ def test_the_first_stage_starts_from_an_encoder_with_its_sizes_and_tokenizer(tmp
     published |= {"num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 50, "layer_norm_eps": 1e-12}
     workdir.write_json(tmp_path / "config.json", published)
     runs = runs_of(glue.get_config(f"rte,n=1+2,init={tmp_path},dropout=0.0"))
+    assert all(run.data.buckets for run in runs.values())
     assert [run.init_from for run in runs.values()] == [str(tmp_path), str(tmp_path), "../n2-warmup"]
     model = runs["n2"].model
     assert (model.hidden_size, model.num_heads, model.mlp_dim, model.layer_norm_eps) == (24, 3, 40, 1e-12)
     assert (model.dropout_rate, model.pool, runs["n2"].data.tokenizer) == (0.0, "mean", str(tmp_path))
     assert runs_of(glue.get_config(f"rte,n=1,init={tmp_path},tokenizer=bytes"))["n1"].data.tokenizer == "bytes"
+
+
+def test_pre_training_starts_from_an_encoder_too(tmp_path):
+    published = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 24, "num_hidden_layers": 2}
+    published |= {"num_attention_heads": 3, "intermediate_size": 40}
+    workdir.write_json(tmp_path / "config.json", published)
+    for config, first in ((muxbert, "n2-retrieval"), (retrieval, "n2")):
+        runs = runs_of(config.get_config(f"n=1+2,files=F,init={tmp_path}"))
+        assert [runs[name].init_from for name in ("n1", first)] == [str(tmp_path)] * 2
+        assert [run.model.hidden_size for run in runs.values()] == [24] * len(runs)
+        assert runs["n1"].data.tokenizer == str(tmp_path)
+        with pytest.raises(InputError, match=r"init=.* has its own sizes, so size=small has no place"):
+            config.get_config(f"small,n=1,files=F,init={tmp_path}")
+    assert runs_of(muxbert.get_config(f"n=2,files=F,init={tmp_path}"))["n2"].init_from == "../n2-retrieval"
 
 
 def test_a_run_to_start_from_gives_its_sizes(tmp_path):
