@@ -16,6 +16,10 @@ from datamux_jax.plan import prepare
 from datamux_jax.train import train
 from tests.conftest import small_config
 
+PUBLISHED = {
+    **{"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 24, "num_hidden_layers": 2},
+    **{"num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 50, "layer_norm_eps": 1e-12},
+}
 TINY = "size=1x64,steps=2,warmup=2,groups=2,length=16"
 
 
@@ -71,9 +75,7 @@ def test_sizes_are_published_ones_or_ones_own():
 
 
 def test_the_first_stage_starts_from_an_encoder_with_its_sizes_and_tokenizer(tmp_path):
-    published = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 24, "num_hidden_layers": 2}
-    published |= {"num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 50, "layer_norm_eps": 1e-12}
-    workdir.write_json(tmp_path / "config.json", published)
+    workdir.write_json(tmp_path / "config.json", PUBLISHED)
     runs = runs_of(glue.get_config(f"rte,n=1+2,init={tmp_path},dropout=0.0"))
     assert all(run.data.buckets for run in runs.values())
     assert [run.init_from for run in runs.values()] == [str(tmp_path), str(tmp_path), "../n2-warmup"]
@@ -84,9 +86,7 @@ def test_the_first_stage_starts_from_an_encoder_with_its_sizes_and_tokenizer(tmp
 
 
 def test_pre_training_starts_from_an_encoder_too(tmp_path):
-    published = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 24, "num_hidden_layers": 2}
-    published |= {"num_attention_heads": 3, "intermediate_size": 40}
-    workdir.write_json(tmp_path / "config.json", published)
+    workdir.write_json(tmp_path / "config.json", PUBLISHED)
     for config, first in ((muxbert, "n2-retrieval"), (retrieval, "n2")):
         runs = runs_of(config.get_config(f"n=1+2,files=F,init={tmp_path}"))
         assert [runs[name].init_from for name in ("n1", first)] == [str(tmp_path)] * 2
