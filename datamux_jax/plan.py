@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import flops, grouping, losses, optimizer, saved, scoring, sharding, task_metrics
+from datamux_jax import flops, losses, optimizer, saved, scoring, sharding, task_metrics
 from datamux_jax.backbones.vision import VISION
 from datamux_jax.build import build, build_generator
 from datamux_jax.classifier import build_classifier
 from datamux_jax.config import validate
-from datamux_jax.data import pipeline
+from datamux_jax.data import buckets, pipeline
 from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError, choose
 from datamux_jax.metrics_log import Work, check_boards
@@ -84,15 +84,16 @@ class Plan:
         """Shapes and shardings of a global batch."""
         return self.shapes_of(self.config.batch_groups)
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Lengths that training batches are cut to, the longest last; none where all are as long."""
-        return grouping.bucket_lengths(self.format.length) if self.config.data.buckets else ()
+    @functools.cached_property
+    def buckets(self) -> buckets.Buckets | None:
+        """Those of what is trained on."""
+        return buckets.of(self.config, self.arrays)
 
     @property
-    def cut(self) -> int:
-        """Positions that an index prefix takes from the end of every row."""
-        return self.model.cut if isinstance(self.model, MultiplexedTransformer) else 0
+    def batches(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """Shapes and shardings of all kinds of training batches, those with the longest rows first."""
+        lengths = self.buckets.lengths[::-1] if self.buckets else (self.format.length,)
+        return [self.shapes_of(self.config.batch_groups, length) for length in lengths]
 
     def shapes_of(self, groups: int, length: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a global batch of so many groups, with rows of the given length or of the longest."""
@@ -245,7 +246,7 @@ def _check_data(config: Any, fmt: Format) -> None:
     if config.data.buckets and (fmt.corpus or not fmt.vocab_size):
         raise InputError(
             f"data.buckets = True puts texts of similar length together, but inputs of the data source {config.data.source!r} all have "
-            "the same. Set data.buckets to False."
+            "the same length. Set data.buckets to False."
         )
     if config.demux.prefix == "cut" and config.demux.name == "index" and fmt.length <= config.num_instances + 1:
         raise InputError(

@@ -50,10 +50,6 @@ class Progress:
         """Forgets the time so far: what came before (compilation) says nothing about the rate."""
         self._start, self._began = done, time.monotonic()
 
-    def paused(self, seconds: float) -> None:
-        """Leaves time out that was not spent on the work."""
-        self._began += seconds
-
     def update(self, done: int, text: str = "") -> None:
         """Shows `done` units and `text`, if it is time to."""
         now = time.monotonic()

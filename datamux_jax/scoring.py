@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from datamux_jax import grouping, losses, metrics, sharding
-from datamux_jax.data import pipeline
+from datamux_jax.data import buckets, pipeline
 from datamux_jax.data.formats import Arrays
 from datamux_jax.model import MultiplexedTransformer, Network, call
 from datamux_jax.objectives import OBJECTIVES
@@ -82,7 +82,7 @@ def score(
     every_slot: bool = False,
     ensemble: int = 1,
 ) -> Scored:
-    """Scores all examples, mixed in one random grouping.
+    """Scores all examples, mixed in one random grouping: in length buckets, as in prediction, where the run was trained so.
 
     Args:
       step: from `scoring_step`.
@@ -97,7 +97,9 @@ def score(
     """
     groups = sharding.eval_groups(config, mesh)
     mine = sharding.local_groups(mesh, groups)
-    batches = pipeline.eval_batches(arrays, groups=groups, instances=config.num_instances, seed=seed, mine=mine)
+    batches = pipeline.eval_batches(
+        arrays, groups=groups, instances=config.num_instances, seed=seed, mine=mine, buckets=buckets.of(config, arrays)
+    )
     passes = max(config.num_instances if every_slot else 1, ensemble)
 
     def arranged(array: np.ndarray, filled: int, time: int) -> np.ndarray:
@@ -115,11 +117,14 @@ def score(
     fetched: list[np.ndarray] = []
     places: list[np.ndarray] = []
 
-    def fetch(sums: Any, outputs: jax.Array | None) -> None:
+    def fetch(sums: Any, outputs: jax.Array | None, missing: int) -> None:
         nonlocal total
         total = metrics.merge([total, jax.device_get(sums)])
         if outputs is not None:
-            fetched.append(sharding.fetch_batch(outputs))
+            here = sharding.fetch_batch(outputs)
+            if config.objective == "tagging":  # Rows that were cut: padding has outputs nobody reads.
+                here = np.pad(here, [(0, 0), (0, 0), (0, missing), *[(0, 0)] * (here.ndim - 3)])
+            fetched.append(here)
 
     pending = None
     for number, (rows, batch) in enumerate(rolled):
@@ -127,7 +132,7 @@ def score(
             now = step(params, sharding.put_batch(batch, mesh, groups), jax.random.fold_in(jax.random.key(seed), number))
         if pending is not None:  # One late: the device works on the next batch while these numbers travel.
             fetch(*pending)
-        pending = now
+        pending = *now, arrays["inputs"].shape[1] - batch["inputs"].shape[2]
         places.append(np.where(batch["weight"] > 0, rows, -1).astype(np.int32))
     assert pending is not None, "a split has examples"
     fetch(*pending)

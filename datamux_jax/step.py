@@ -141,40 +141,24 @@ def _accumulated(objective: Objective, mesh: jax.sharding.Mesh, count: int) -> C
 
 
 class CompiledStep:
-    """A step that is compiled once for each length of rows that is foreseen; other shapes are refused, not compiled again.
+    """A step that is compiled beforehand, for batches of given shapes; others are refused, not compiled.
 
     Args:
       step: the jitted step.
       state: the state that it will be called with.
-      batch: the first batch.
-      lengths: of rows, beside those of the first batch, that batches may have.
+      batches: a batch, or the shapes and shardings of one, for each length of rows.
     """
 
-    def __init__(self, step: Any, state: Any, batch: Batch, lengths: tuple[int, ...] = ()) -> None:
-        self._step, self._lengths = step, lengths
-        self._compiled: dict[int, Any] = {}
-        self._expected: dict[int, dict[str, str]] = {}
-        self._compile(state, batch)
-
-    def compile_for(self, state: Any, batch: Batch) -> bool:
-        """Compiles the step if rows as long as the batch's are foreseen and come for the first time; whether it did."""
-        length = _length(batch)
-        if length in self._compiled or length not in self._lengths:
-            return False
-        self._compile(state, batch)
-        return True
-
-    def _compile(self, state: Any, batch: Batch) -> None:
-        self._compiled[_length(batch)] = self._step.lower(state, batch).compile()
-        self._expected[_length(batch)] = _shapes(batch)
+    def __init__(self, step: Any, state: Any, *batches: Mapping[str, Any]) -> None:
+        self._expected = {_length(batch): _shapes(batch) for batch in batches}
+        self._compiled = {_length(batch): step.lower(state, batch).compile() for batch in batches}
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, Sums]:
         """One update.
 
         Raises:
-          InputError: the batch has other arrays, shapes, types or shardings than the first one with rows of its length.
+          InputError: the batch has other arrays, shapes, types or shardings than those that were foreseen.
         """
-        self.compile_for(state, batch)
         length = _length(batch)
         if length not in self._compiled:
             length = next(iter(self._compiled))
@@ -196,9 +180,9 @@ class CompiledStep:
             ) from error
 
 
-def _length(batch: Batch) -> int:
-    return batch["mask"].shape[-1]
+def _length(batch: Mapping[str, Any]) -> int:
+    return batch["mask"].shape[-1] if "mask" in batch else 0
 
 
-def _shapes(batch: Batch) -> dict[str, str]:
+def _shapes(batch: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{array.dtype}{list(array.shape)} {getattr(array.sharding, 'spec', '')}" for name, array in batch.items()}

@@ -17,7 +17,7 @@ from datamux_jax import checkpoint, distill, distributed, metrics, predicted, sa
 from datamux_jax.data import pipeline
 from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError, Interrupted
-from datamux_jax.metrics_log import MetricsLog
+from datamux_jax.metrics_log import MetricsLog, Work
 from datamux_jax.plan import Plan, prepare
 from datamux_jax.progress import Progress
 from datamux_jax.step import CompiledStep, born_sharded
@@ -101,8 +101,7 @@ class _Loop:
             instances=config.num_instances,
             seed=config.seed,
             mine=sharding.local_groups(plan.mesh, config.batch_groups),
-            lengths=plan.lengths,
-            extra=plan.cut,
+            buckets=plan.buckets,
         )
         if host is not None:
             self._data.set_state(host["position"])
@@ -117,7 +116,7 @@ class _Loop:
             window=host and host["window"],
         )
         self._step: CompiledStep | None = None
-        self._work = functools.cache(plan.work)
+        self._work: dict[int, Work] = {}  # By length of rows.
         self._tracing = False
         self._scoring = scoring.scoring_step(config, plan.model, plan.generator)
 
@@ -131,7 +130,7 @@ class _Loop:
         config = self._config
         if self._done:
             print(f"{label}: goes on from step {self._done} of {config.steps}", flush=True)
-        self._progress = progress = Progress(label, config.steps, self._done)
+        progress = Progress(label, config.steps, self._done)
         with stop_signals() as stop, contextlib.closing(progress), contextlib.closing(self._log):
             pending = None
             while self._done < config.steps and not distributed.reached_stop(stop()):
@@ -163,32 +162,25 @@ class _Loop:
                 f"Stopped at step {self._done} of {config.steps}; the state is saved. The same command goes on from there."
             )
 
-    def _add(self, done: int, sums: Any, length: int) -> str:
-        return self._log.add(done, jax.device_get(sums), self._work(length))
+    def _add(self, done: int, sums: Any, work: Work) -> str:
+        return self._log.add(done, jax.device_get(sums), work)
 
-    def _update(self) -> tuple[Any, int]:
-        """Does one step; returns its sums, which may not be there yet, and how long its rows were."""
+    def _update(self) -> tuple[Any, Work]:
+        """Does one step; returns its sums, which may not be there yet, and what it amounts to."""
         plan = self._plan
         asked = time.monotonic()
         rows = next(self._data)
         self._log.waited(time.monotonic() - asked)
         batch = sharding.put_batch(rows, plan.mesh, self._config.batch_groups)
         if self._step is None:
-            self._step = CompiledStep(plan.jitted_step(), self._state, batch, plan.lengths)
-        else:
-            began = time.monotonic()
-            if self._step.compile_for(self._state, batch):
-                self._paused(time.monotonic() - began)
+            # All of them now: the largest may not fit, and none is to hold up the training later.
+            self._step = CompiledStep(plan.jitted_step(), self._state, *plan.batches)
+            self._work = {shapes["mask"].shape[-1]: plan.work(shapes["mask"].shape[-1]) for shapes in plan.batches}
         self._trace(starting=True)
         self._state, sums = self._step(self._state, batch)
         self._done += 1
         self._trace(starting=False)
-        return sums, rows["mask"].shape[-1]
-
-    def _paused(self, seconds: float) -> None:
-        """Tells the clocks of time that says nothing about the rate: compiling, evaluating."""
-        self._log.paused(seconds)
-        self._progress.paused(seconds)
+        return sums, self._work[rows["mask"].shape[-1]]
 
     def _trace(self, starting: bool) -> None:
         """Starts the profiler's trace before the first step asked for, and ends it after the last one."""
@@ -228,7 +220,7 @@ class _Loop:
         scored = scoring.score(self._scoring, self._state.params, plan.examples, config, plan.mesh, seed=0)
         scores = metrics.means(scored.totals) | predicted.numbers(scored, plan.examples, plan.format, config.num_instances)
         self._log.write(self._done, {f"eval_{name}": value for name, value in scores.items()})
-        self._paused(time.monotonic() - began)
+        self._log.paused(time.monotonic() - began)
         shown = {name: value for name, value in scores.items() if isinstance(value, float)}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         print(f"\nevaluation at step {self._done}: {text}", flush=True)

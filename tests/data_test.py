@@ -7,7 +7,7 @@ import grain
 import numpy as np
 import pytest
 
-from datamux_jax.data import builtin, pipeline
+from datamux_jax.data import buckets, builtin, pipeline
 from datamux_jax.data.examples import hash_fraction
 from datamux_jax.data.tokenizers import ByteTokenizer
 from datamux_jax.errors import InputError
@@ -168,9 +168,17 @@ def texts():
     }
 
 
+def with_buckets(prefix=0):
+    """A config with length buckets; with `prefix`, an index prefix in place of so many of the last tokens."""
+    return text_config(max(prefix - 1, 2), data__buckets=True, demux__name="index" if prefix else "rsa", demux__prefix="cut")
+
+
 def test_texts_of_similar_length_share_batches_which_are_cut(texts):
-    settings = {"groups": 2, "instances": 3, "lengths": (16, 32, 40)}
-    batches = take(texts, 200, **settings)
+    found = buckets.of(with_buckets(), texts)
+    assert found.lengths == (16, 32, 40)
+    assert buckets.of(text_config(), texts) is None
+    # A window is one epoch here: 16 batches of 6.
+    batches = take(texts, 160, buckets=found)
     assert {batch["mask"].shape[-1] for batch in batches} == {16, 32, 40}
     for batch in batches:
         length = batch["mask"].shape[-1]
@@ -180,26 +188,56 @@ def test_texts_of_similar_length_share_batches_which_are_cut(texts):
         numbers = batch["label"][..., 0]
         np.testing.assert_array_equal(batch["mask"].sum(-1), texts["mask"][numbers].sum(-1))  # Nothing is lost,
         assert batch["mask"].sum(-1).max() > {16: 0, 32: 16, 40: 32}[length]  # and no row is longer than it must be.
-    # 192 batches are 6 windows: what they hold is what batches without lengths hold.
-    plain = take(texts, 192, groups=2, instances=3)
-    counts = [collections.Counter(np.concatenate([b["label"][..., 0].ravel() for b in one])) for one in (batches[:192], plain)]
-    assert counts[0] == counts[1]
+    # What windows hold is what as many batches without buckets hold, and no text stands there twice but at the seam of epochs.
+    plain = take(texts, 160)
+    for start in range(0, 160, 16):
+        held = [
+            collections.Counter(np.concatenate([b["label"][..., 0].ravel() for b in one[start : start + 16]]))
+            for one in (batches, plain)
+        ]
+        assert held[0] == held[1]
+    assert sum(len(set(batch["label"][..., 0].ravel())) < 6 for batch in batches) <= 10
     # Lengths in the order of their batches are no blocks.
-    first = [batch["mask"].shape[-1] for batch in batches[:32]]
+    first = [batch["mask"].shape[-1] for batch in batches[:16]]
     assert first not in (sorted(first), sorted(first, reverse=True))
 
 
+def test_only_lengths_that_some_text_fits_are_compiled_for(texts):
+    short = {name: x[texts["mask"].sum(-1) <= 16] for name, x in texts.items()}
+    assert buckets.of(with_buckets(), short).lengths == (16,)
+
+
 def test_hosts_cut_a_batch_alike(texts):
-    settings = {"groups": 2, "instances": 3, "lengths": (16, 32, 40)}
-    whole = take(texts, 40, **settings)
-    halves = [take(texts, 40, mine=np.array([host]), **settings) for host in range(2)]
-    for step in range(40):
+    found = buckets.of(with_buckets(), texts)
+    whole = take(texts, 400, buckets=found)
+    halves = [take(texts, 400, mine=np.array([host]), buckets=found) for host in range(2)]
+    differ = 0
+    for step in range(400):
         joined = np.concatenate([halves[host][step]["inputs"] for host in range(2)])
         np.testing.assert_array_equal(joined, whole[step]["inputs"])
+        differ += len({int(found.numbers[halves[host][step]["label"][..., 0]].max()) for host in range(2)}) > 1
+    assert differ > 5  # Hosts whose own texts fit another length.
 
 
 def test_rows_have_room_for_a_prefix_that_takes_the_last_tokens(texts):
-    for batch in take(texts, 64, groups=2, instances=3, lengths=(16, 32, 40), extra=4):
+    for batch in take(texts, 64, buckets=buckets.of(with_buckets(prefix=4), texts)):
         room = batch["mask"].shape[-1] - 4
         numbers = batch["label"][..., 0]
         assert (texts["mask"][numbers].sum(-1) <= max(room, 40 * (room == 36))).all()
+
+
+def test_evaluation_in_buckets_scores_every_example_exactly_once_among_its_like(texts):
+    found = buckets.of(with_buckets(), texts)
+    counted = collections.Counter()
+    lengths = []
+    for rows, batch in pipeline.eval_batches(texts, groups=2, instances=4, seed=0, buckets=found):
+        lengths.append(batch["mask"].shape[-1])
+        np.testing.assert_array_equal(batch["label"][..., 0], rows)
+        np.testing.assert_array_equal(batch["mask"].sum(-1), texts["mask"][rows].sum(-1))
+        counted.update(rows[batch["weight"] > 0].tolist())
+    assert counted == dict.fromkeys(range(100), 1)
+    assert set(lengths) == {16, 32, 40}
+    first, second = (
+        next(pipeline.eval_batches(texts, groups=2, instances=4, seed=seed, buckets=found))[0] for seed in range(2)
+    )
+    assert not np.array_equal(first, second)

@@ -372,17 +372,23 @@ def test_an_ensemble_does_not_read_every_token_back():
     assert scored[False] - scored[True] == {"retrieval_loss", "retrieval_accuracy"}
 
 
-def test_every_example_is_averaged_with_itself_alone():
-    """A network that says its input, and tags that are the input."""
-    config = small_config(4, eval__batch_groups=3, objective="tagging")
-    labels = np.random.default_rng(0).integers(0, 5, size=(29, 6)).astype(np.int32)
-    arrays = {"inputs": labels, "mask": np.ones_like(labels), "label": labels}
+@pytest.mark.parametrize("in_buckets", [False, True])
+def test_every_example_is_averaged_with_itself_alone(in_buckets):
+    """A network that says its input, and tags that are the input, in rows of one length or cut to one of two."""
+    config = small_config(4, eval__batch_groups=3, objective="tagging", data__buckets=in_buckets)
+    rng = np.random.default_rng(0)
+    mask = (np.arange(20) < rng.integers(5, 21, size=(29, 1))).astype(np.int32)
+    labels = rng.integers(0, 5, size=(29, 20)).astype(np.int32) * mask
+    arrays = {"inputs": labels, "mask": mask, "label": labels}
+    lengths = set()
 
     def step(params, batch, key):
+        lengths.add(batch["inputs"].shape[-1])
         return {}, jax.nn.one_hot(batch["inputs"], 5)
 
     scored = scoring.score(step, {}, arrays, config, sharding.inference_mesh(), seed=0, ensemble=2)
-    assert scored.outputs.shape == (1, 29, 6)
+    assert lengths == ({16, 20} if in_buckets else {20})
+    assert scored.outputs.shape == (1, 29, 20)
     np.testing.assert_array_equal(scored.outputs[0], labels)
 
 

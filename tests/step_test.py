@@ -88,17 +88,16 @@ def test_batches_of_another_shape_are_refused_not_compiled():
 
 def test_a_step_is_compiled_once_for_each_length_of_rows_and_no_other():
     plan = prepare(text_config(2, data__length=20, data__buckets=True))
-    assert plan.lengths == (16, 20)
+    assert plan.buckets.lengths == (16, 20)
     state = born_sharded(plan.make, 0, plan.mesh)
-    data = pipeline.train_iterator(plan.arrays, groups=8, instances=2, seed=0, lengths=plan.lengths)
+    data = pipeline.train_iterator(plan.arrays, groups=8, instances=2, seed=0, buckets=plan.buckets)
     batches = [sharding.put_batch(batch, plan.mesh) for batch in itertools.islice(data, 32)]
     by_length = {batch["mask"].shape[-1]: batch for batch in batches}
-    for length, batch in by_length.items():
-        assert {name: (x.shape, x.dtype) for name, x in plan.shapes_of(8, length).items()} == {
-            name: (x.shape, x.dtype) for name, x in batch.items()
+    for foreseen in plan.batches:
+        assert {name: (x.shape, x.dtype) for name, x in foreseen.items()} == {
+            name: (x.shape, x.dtype) for name, x in by_length[foreseen["mask"].shape[-1]].items()
         }
-    step = CompiledStep(plan.jitted_step(), state, by_length[20], plan.lengths)
-    assert [step.compile_for(state, by_length[length]) for length in (20, 16, 16)] == [False, True, False]
+    step = CompiledStep(plan.jitted_step(), state, *plan.batches)
     for length in (16, 20, 16):
         state, sums = step(state, by_length[length])
         assert np.isfinite(sums["loss"][0])

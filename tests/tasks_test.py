@@ -17,8 +17,14 @@ from datamux_jax.train import train
 from tests.conftest import small_config
 
 PUBLISHED = {
-    **{"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 24, "num_hidden_layers": 2},
-    **{"num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 50, "layer_norm_eps": 1e-12},
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 50,
+    "layer_norm_eps": 1e-12,
 }
 TINY = "size=1x64,steps=2,warmup=2,groups=2,length=16"
 

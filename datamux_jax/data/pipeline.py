@@ -16,6 +16,7 @@ import numpy as np
 
 from datamux_jax import workdir
 from datamux_jax.data import sources, tokenizers
+from datamux_jax.data.buckets import Buckets, cut
 from datamux_jax.data.corpus import CORPORA, open_corpus
 from datamux_jax.data.examples import Source
 from datamux_jax.data.formats import Arrays, Format
@@ -140,16 +141,13 @@ def train_iterator(
     instances: int,
     seed: int,
     mine: np.ndarray | None = None,
-    lengths: tuple[int, ...] = (),
-    extra: int = 0,
+    buckets: Buckets | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches of `groups` x `instances` examples, all processes together.
 
     Every epoch is a fresh permutation, cut into consecutive groups of `instances`; a batch may span two epochs, so no example
-    is ever dropped.
-
-    With `lengths` the examples of every `WINDOW` batches are dealt out anew: those that fit the same of the lengths stand in the same
-    batches, which come in random order and are cut to it. Companions have mixed lengths up to that one.
+    is ever dropped. With `buckets` the examples of a window, of up to `WINDOW` batches and one epoch, are dealt out anew: those of
+    one bucket stand in the same batches, which come in random order and are cut to its length.
 
     Args:
       arrays: one row an example.
@@ -157,25 +155,23 @@ def train_iterator(
       instances: `N`.
       seed: of the permutations.
       mine: which groups of each batch this process reads (`sharding.local_groups`); default: all.
-      lengths: to choose the length of a batch from, ascending; the last one holds everything. None: batches are never cut.
-      extra: positions that an example needs beside its own (an index prefix in place of the last tokens).
+      buckets: of the examples; None: batches are never cut.
 
     Returns:
       A checkpointable grain iterator over dicts of `[groups of this process, N, ...]` arrays, `weight` (all ones) included. Its state
       is the number of the next batch, the same for every process and mesh.
     """
-    rows = len(arrays["inputs"])
-    size = groups * instances
+    total = len(arrays["inputs"])
     mine = np.arange(groups) if mine is None else mine
-    buckets = np.searchsorted(lengths[:-1], arrays["mask"].sum(-1) + extra) if lengths else np.zeros(rows, int)
+    batches = 1 if buckets is None else int(np.clip(total // (groups * instances), 1, WINDOW))
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(rows)
+        return np.random.default_rng((seed, epoch)).permutation(total)
 
     def examples(positions: np.ndarray) -> np.ndarray:
         """Row numbers at the given positions of the endless stream."""
-        epochs, offsets = np.divmod(positions, rows)
+        epochs, offsets = np.divmod(positions, total)
         index = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
@@ -184,32 +180,32 @@ def train_iterator(
 
     @functools.lru_cache(maxsize=2)
     def window(number: int) -> np.ndarray:
-        """Row numbers `[WINDOW, B, N]` of the batches of a window."""
-        index = examples(np.arange(number * WINDOW * size, (number + 1) * WINDOW * size))
-        index = index[np.argsort(buckets[index], kind="stable")]
-        return np.random.default_rng((seed, number, 1)).permutation(index.reshape(WINDOW, groups, instances))
+        """Row numbers `[batches, B, N]` of the batches of a window."""
+        size = batches * groups * instances
+        index = examples(np.arange(number * size, (number + 1) * size))
+        if buckets is None:
+            return index.reshape(batches, groups, instances)
+        index = buckets.sorted(index).reshape(batches, groups, instances)
+        return np.random.default_rng((seed, number, 1)).permutation(index)
 
     def batch(step: int) -> Arrays:
-        if not lengths:
-            position = ((step * groups + mine) * instances)[:, None] + np.arange(instances)
-            return _gather(arrays, examples(position), np.ones(position.shape, np.float32))
-        index = window(step // WINDOW)[step % WINDOW]
-        rows = _gather(arrays, index[mine], np.ones(index[mine].shape, np.float32))
-        return _cut(rows, lengths[buckets[index].max()])
+        rows = window(step // batches)[step % batches]
+        gathered = _gather(arrays, rows[mine], np.ones(rows[mine].shape, np.float32))
+        return gathered if buckets is None else cut(gathered, buckets.length(rows))
 
     steps = grain.MapDataset.range(2**31 - 1).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def _cut(batch: Arrays, length: int) -> Arrays:
-    """A batch whose arrays by position have `length` of them."""
-    # Labels and a teacher's logits are by position in tagging alone, and have one axis more then.
-    by_position = {"inputs": 3, "mask": 3, "label": 3, "teacher": 4}
-    return {name: x[:, :, :length] if x.ndim == by_position.get(name) else x for name, x in batch.items()}
-
-
 def eval_batches(
-    arrays: Arrays, *, groups: int, instances: int, seed: int, shuffle: bool = True, mine: np.ndarray | None = None
+    arrays: Arrays,
+    *,
+    groups: int,
+    instances: int,
+    seed: int,
+    shuffle: bool = True,
+    mine: np.ndarray | None = None,
+    buckets: Buckets | None = None,
 ) -> Iterator[tuple[np.ndarray, Arrays]]:
     """Every example exactly once, in random groups; rows that only fill up a group or a batch have weight 0.
 
@@ -223,20 +219,25 @@ def eval_batches(
       seed: decides who is mixed with whom.
       shuffle: False keeps the order: example `i` sits in slot `i % N` of group `i // N`.
       mine: which groups of each batch this process reads; default: all.
+      buckets: of the examples, whose groups are then random inside of a bucket, shortest first, and batches cut to its length; None:
+        batches are never cut.
 
     Yields:
       The examples' row numbers, `[groups of this process, N]`, and the batch.
     """
-    rows = len(arrays["inputs"])
+    total = len(arrays["inputs"])
     mine = np.arange(groups) if mine is None else mine
     size = groups * instances
     rng = np.random.default_rng(seed)
-    order = rng.permutation(rows) if shuffle else np.arange(rows)
-    fill = rng.integers(0, rows, size=-rows % size)
+    order = rng.permutation(total) if shuffle else np.arange(total)
+    if buckets is not None:
+        order = buckets.sorted(order)
+    fill = rng.integers(0, total, size=-total % size)  # Behind the longest, whose rows hold any of them.
     index = np.concatenate([order, fill]).reshape(-1, groups, instances)
-    weight = (np.arange(index.size) < rows).astype(np.float32).reshape(index.shape)
-    for rows_BxN, weight_BxN in zip(index[:, mine], weight[:, mine], strict=True):
-        yield rows_BxN, _gather(arrays, rows_BxN, weight_BxN)
+    weight = (np.arange(index.size) < total).astype(np.float32).reshape(index.shape)
+    for rows_BxN, weight_BxN in zip(index, weight, strict=True):
+        batch = _gather(arrays, rows_BxN[mine], weight_BxN[mine])
+        yield rows_BxN[mine], batch if buckets is None else cut(batch, buckets.length(rows_BxN))
 
 
 def _gather(arrays: Arrays, index: np.ndarray, weight: np.ndarray) -> Arrays:
