@@ -101,8 +101,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # L, positions of an example, special tokens included. Of a longer text the end is cut off, of a pair the end of whichever is
     # longer; words that are cut off are not tagged. 0: the source's own (feature sources only).
     c.data.length = 0
-    # Texts of similar length are trained on together, in batches cut to the smallest of the lengths 16, 32, ... L that holds them: less
-    # padding to compute, one compilation each. Prediction does so anyway.
+    # Texts of similar length are trained on together, and evaluated so, in batches cut to the smallest of the lengths 16, 32, ... L
+    # that holds them: less padding to compute, one compilation each. Prediction does so anyway. False: all lengths are mixed, in rows
+    # of L.
     c.data.buckets = False
     c.data.cache = ""  # Folder of tokenised running text; "": $DATAMUX_CACHE, else ~/.cache/datamux_jax.
 

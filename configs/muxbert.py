@@ -8,7 +8,8 @@ and does not say how long its two stages were. Arguments:
     base            a size, first and without a name: small, base, large or LAYERSxWIDTH, the width a multiple of 64
     n=1+2+5         numbers of instances; 1 is the plain network
     files=          a file, folder or pattern of text; or tfds= a data set of TensorFlow Datasets
-    init=           weights to start from, with their sizes and tokenizer: the folder of a run or of a published encoder, or minilm
+    init=           weights that the first stage starts from (retrieval=0: pre-training itself), with their sizes and tokenizer: the
+                    folder of a run or of a published encoder, or minilm
     tokenizer=      wordpiece (default) or bpe, trained on the text; bytes; or a file or folder with one
     vocab=          size of a trained vocabulary
     length=         tokens of a chunk
@@ -34,6 +35,8 @@ def get_config(arg=None):
         raise InputError(
             f"family={arg.family!r} does not exist here. Choose bert or roberta; configs/muxelectra.py is for ELECTRA."
         )
-    c.title = f"MUX-{arg.family.upper()}: retrieval, then masked language modelling"
+    if arg.init:
+        pretraining.check_family(c, arg, ("roberta",) if family == "roberta" else ("bert", "roberta"))
+    c.title = f"MUX-{c.model.family.upper()}: retrieval, then masked language modelling"
     pretraining.stages(c, arg, {"objective": "mlm", "task_loss_coeff": 1.0, "retrieval_loss_coeff": 0.0})
     return c

@@ -12,6 +12,8 @@ from configs import pretraining
 
 def get_config(arg=None):
     c, arg = pretraining.base(arg, "electra", **pretraining.STAGES, generator="uniform")
+    if arg.init:
+        pretraining.check_family(c, arg, ("electra",))
     c.title = "MUX-ELECTRA: retrieval, then replaced-token detection"
     c.generator.kind = arg.generator
     c.generator.num_layers = c.model.num_layers

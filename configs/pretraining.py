@@ -72,6 +72,15 @@ def base(text: str | None, kind: str, **defaults):
     return c, arg
 
 
+def check_family(c, arg, families: tuple[str, ...]) -> None:
+    """Raises InputError unless the network that `init` names is of one of the families."""
+    if c.model.family not in families:
+        raise InputError(
+            f"init={arg.init} is a network of the family {c.model.family!r}, but this config pre-trains {' or '.join(families)}. "
+            "Choose configs/muxbert.py for BERT and RoBERTa, configs/muxelectra.py for ELECTRA, or another init."
+        )
+
+
 def model_of(family: str, size: str) -> dict:
     """The keys of `config.model` for a published size or `LAYERSxWIDTH`."""
     if f"{family}_{size}" in models.SIZES:

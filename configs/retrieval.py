@@ -9,11 +9,15 @@ One warm-up serves many tasks: `configs/glue.py:sst2,n=2,init=runs/retrieval/n2,
 """
 
 from configs import common, pretraining
+from datamux_jax.errors import InputError
 
 
 def get_config(arg=None):
+    text = arg
     usual = {"length": 128, "groups": 24, "steps": 500_000, "vocab": 50265, "n": (2,)}
     c, arg = pretraining.base(arg, "roberta", **usual, rate=5e-5, norm=20.0)
+    if "mux" in arg.start and ",norm=" in f",{text or ''}":
+        raise InputError(f"init={arg.init} has instance vectors of its own, so norm={arg.norm} has no place. Leave it out.")
     c.title = "Token retrieval: N texts read back from one row"
     c.optimizer.warmup_steps = 0
     c.objective = "retrieval"

@@ -2,7 +2,7 @@
 
 A mixed row is as long as its longest instance, so inputs of similar length stand together, and rows are cut to the smallest of a
 few lengths (buckets) that holds them: few shapes to compile, little padding to compute. Inside of a bucket the order stays: companions
-of exactly the same length would save nothing, and interfere more than the mixed lengths that a network was trained on.
+of exactly the same length would save nothing, and interfere more than the lengths of a bucket, on which a network was trained.
 """
 
 from __future__ import annotations

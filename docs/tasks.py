@@ -12,7 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-# Task -> its heading, its metric and the share of a point that one unit of it is.
+from datamux_jax import metrics_log
+
+# Task -> its heading and its metric.
 TASKS = {
     "sst2": ("SST-2, accuracy", "accuracy"),
     "cola": ("CoLA, Matthews x 100", "matthews"),
@@ -36,7 +38,7 @@ def line(one: dict[str, Any] | None, metric: str) -> list[str]:
     """The cells of an evaluation: the score, its standard deviation over groupings, lowest and highest slot, retrieval."""
     if one is None:
         return ["", "", ""]
-    slots = one.get(f"{metric}_per_slot") or []
+    slots = _slots(one, metric)
     mean = f"{100 * one[metric]:.1f}" + (f" ± {100 * one[f'{metric}_std']:.1f}" if one["num_instances"] > 1 else "")
     spread = f"{100 * min(slots):.1f} to {100 * max(slots):.1f}" if len(slots) > 1 else ""
     read = one.get("retrieval_accuracy")
@@ -66,7 +68,7 @@ def draw(runs: Path) -> pyplot.Figure:
             found = [(n, one) for n in COUNTS[1:] if (one := scores(runs, task, n, kind))]
             points = [(1, plain)] * (plain is not None) + found
             if found:
-                slots = [[one[metric], *(one.get(f"{metric}_per_slot") or [])] for _, one in points]
+                slots = [[one[metric], *_slots(one, metric)] for _, one in points]
                 low, high = ([100 * side(values) for values in slots] for side in (min, max))
                 panel.plot([n for n, _ in points], [100 * one[metric] for _, one in points], "o-", color=color, label=label)
                 panel.fill_between([n for n, _ in points], low, high, color=color, alpha=0.15, linewidth=0)
@@ -82,6 +84,10 @@ def draw(runs: Path) -> pyplot.Figure:
     return figure
 
 
+def _slots(one: dict[str, Any], metric: str) -> list[float]:
+    return [score for score in one.get(f"{metric}_per_slot") or [] if score is not None]
+
+
 def _counts(runs: Path, task: str) -> list[int]:
     return [n for n in COUNTS if any(scores(runs, task, n, kind) for kind in KINDS)]
 
@@ -92,11 +98,10 @@ def curves(runs: Path) -> pyplot.Figure:
     for panel, (task, (title, _)) in zip(panels, TASKS.items(), strict=True):
         for color, n in enumerate(COUNTS):
             for kind, style in zip(KINDS, ("--", "-"), strict=True):
-                path = runs / f"{task}-n{n}{kind}" / f"n{n}" / "metrics.jsonl"
-                if not path.exists():
-                    continue
-                logged = [json.loads(text) for text in path.read_text().splitlines()]
+                logged = metrics_log.read_lines(runs / f"{task}-n{n}{kind}" / f"n{n}")
                 points = [(one["step"], one["task_loss"]) for one in logged if "task_loss" in one]
+                if not points:
+                    continue
                 means = [
                     sum(loss for _, loss in points[max(0, i + 1 - SMOOTHED) : i + 1]) / min(i + 1, SMOOTHED)
                     for i in range(len(points))

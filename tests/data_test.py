@@ -4,9 +4,11 @@ import collections
 import itertools
 
 import grain
+import ml_collections
 import numpy as np
 import pytest
 
+from datamux_jax import workdir
 from datamux_jax.data import buckets, builtin, pipeline
 from datamux_jax.data.examples import hash_fraction
 from datamux_jax.data.tokenizers import ByteTokenizer
@@ -177,6 +179,9 @@ def test_texts_of_similar_length_share_batches_which_are_cut(texts):
     found = buckets.of(with_buckets(), texts)
     assert found.lengths == (16, 32, 40)
     assert buckets.of(text_config(), texts) is None
+    earlier = workdir.plain(text_config())
+    del earlier["data"]["buckets"]  # A run of an earlier version.
+    assert buckets.of(ml_collections.ConfigDict(earlier), texts) is None
     # A window is one epoch here: 16 batches of 6.
     batches = take(texts, 160, buckets=found)
     assert {batch["mask"].shape[-1] for batch in batches} == {16, 32, 40}

@@ -7,7 +7,7 @@ import math
 import jax
 import pytest
 
-from configs import glue, muxbert, retrieval, tagging, text_files
+from configs import glue, muxbert, muxelectra, retrieval, tagging, text_files
 from datamux_jax import experiment, packaged, workdir
 from datamux_jax.data import pipeline, tokenizers
 from datamux_jax.data.formats import Format
@@ -101,6 +101,19 @@ def test_pre_training_starts_from_an_encoder_too(tmp_path):
         with pytest.raises(InputError, match=r"init=.* has its own sizes, so size=small has no place"):
             config.get_config(f"small,n=1,files=F,init={tmp_path}")
     assert runs_of(muxbert.get_config(f"n=2,files=F,init={tmp_path}"))["n2"].init_from == "../n2-retrieval"
+    assert runs_of(muxbert.get_config(f"n=2,files=F,init={tmp_path},retrieval=0"))["n2"].init_from == str(tmp_path)
+    with pytest.raises(InputError, match=r"is a network of the family 'bert', but this config pre-trains electra"):
+        muxelectra.get_config(f"n=2,files=F,init={tmp_path}")
+    with pytest.raises(InputError, match=r"is a network of the family 'bert', but this config pre-trains roberta"):
+        muxbert.get_config(f"n=2,files=F,init={tmp_path},family=roberta")
+
+
+def test_retrieval_goes_on_from_a_run_that_mixes(tmp_path):
+    workdir.write_json(tmp_path / "config.json", workdir.plain(small_config(mux__norm=3.0)))
+    run = runs_of(retrieval.get_config(f"n=2,files=F,init={tmp_path}"))["n2"]
+    assert (run.init_from, run.num_instances, run.mux.norm) == (str(tmp_path), 2, 3.0)
+    with pytest.raises(InputError, match=r"has instance vectors of its own, so norm=5.0 has no place"):
+        retrieval.get_config(f"n=2,files=F,init={tmp_path},norm=5")
 
 
 def test_a_run_to_start_from_gives_its_sizes(tmp_path):
