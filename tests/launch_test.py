@@ -172,26 +172,60 @@ def test_a_prediction_that_is_killed_goes_on_and_ends_with_the_same_bytes(text_r
     assert killed.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("module", "flags", "message"),
-    [
-        (
-            "train",
-            ["--config=configs/quickstart.py", "--config.speed=3"],
-            'sets \'speed\', which is no config key. Did you mean "seed" instead of "speed"?',
-        ),
-        ("train", ["--config=configs/quickstart.py", "--config.mux.name=hadamar"], "'hadamar' does not exist"),
-        ("train", ["--config=configs/quickstart.py:n=0"], "num_instances = 0 is not positive"),
-        ("train", ["--config=configs/quickstart.py:m=3"], "'m=3' does not exist, or has no value"),
-        ("train", ["--config=configs/none.py"], "config file cannot be read"),
-        ("train", ["--config=configs/quickstart.py", "--config.steps=many"], "many"),
-        ("train", ["--config=configs/quickstart.py", "--sped=3"], "sped"),
-        ("train", ["--config=configs/quickstart.py", "extra"], "Unexpected argument 'extra'"),
-        ("evaluate", [], "does not exist"),
-        ("predict", ["--input=nowhere.txt"], "--input=nowhere.txt cannot be read"),
-    ],
-)
-def test_bad_flags_end_with_one_paragraph(tmp_path, module, flags, message):
-    folder = tmp_path / "out"
-    assert_refused(run(module, *flags, f"--workdir={folder}"), message)
-    assert not folder.exists()
+# What is wrong with the flags -> module, flags, and what the error says.
+BAD_FLAGS = {
+    "unknown key": (
+        "train",
+        ["--config=configs/quickstart.py", "--config.speed=3"],
+        'sets \'speed\', which is no config key. Did you mean "seed" instead of "speed"?',
+    ),
+    "unknown choice": ("train", ["--config=configs/quickstart.py", "--config.mux.name=hadamar"], "'hadamar' does not exist"),
+    "value": ("train", ["--config=configs/quickstart.py:n=0"], "num_instances = 0 is not positive"),
+    "argument": ("train", ["--config=configs/quickstart.py:m=3"], "'m=3' does not exist, or has no value"),
+    "config file": ("train", ["--config=configs/none.py"], "config file cannot be read"),
+    "type": ("train", ["--config=configs/quickstart.py", "--config.steps=many"], "many"),
+    "flag": ("train", ["--config=configs/quickstart.py", "--sped=3"], "sped"),
+    "no flag": ("train", ["--config=configs/quickstart.py", "extra"], "Unexpected argument 'extra'"),
+    "workdir": ("evaluate", [], "does not exist"),
+    "input": ("predict", ["--input=nowhere.txt"], "--input=nowhere.txt cannot be read"),
+}
+# Imports what takes long once, and runs every command in a child of its own.
+ALL_OF_THEM = """
+import contextlib, json, os, runpy, sys, warnings
+import datamux_jax.experiment, datamux_jax.predict, datamux_jax.stream
+warnings.simplefilter("ignore")  # Of forks: no device was touched yet.
+for name, module, flags in json.loads(sys.stdin.read()):
+    if not (child := os.fork()):
+        for number, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{sys.argv[1]}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = [module, *flags]
+        runpy.run_module(f"launch.{module}", run_name="__main__")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(f"{sys.argv[1]}/{name}.code", "w") as handle:
+        handle.write(str(code))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """What each of `BAD_FLAGS` ended with; and the folder that none may write to."""
+    folder, untouched = tmp_path_factory.mktemp("refusals"), tmp_path_factory.mktemp("untouched") / "out"
+    commands = [(name, module, [*flags, f"--workdir={untouched}"]) for name, (module, flags, _) in BAD_FLAGS.items()]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    driver = [sys.executable, "-c", ALL_OF_THEM, str(folder)]
+    done = subprocess.run(
+        driver, cwd=ROOT, env=environment, input=json.dumps(commands), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for name in BAD_FLAGS:
+        code, out, err = ((folder / f"{name}.{part}").read_text() for part in ("code", "out", "err"))
+        found[name] = subprocess.CompletedProcess(name, int(code), out, err)
+    return found, untouched
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_end_with_one_paragraph(refusals, name):
+    found, untouched = refusals
+    assert_refused(found[name], BAD_FLAGS[name][2])
+    assert not untouched.exists()
