@@ -159,6 +159,9 @@ def test_every_example_stands_once_in_every_slot_and_never_beside_itself():
 
 def test_retrieval_by_position_adds_up_to_that_of_the_evaluation(phrases):
     run, arrays = phrases
+    # A few steps of training need not have taught anything: a network that prefers the commonest token is sometimes right.
+    commonest = np.bincount(arrays["inputs"][:, 1:][arrays["mask"][:, 1:] == 1]).argmax()
+    run = with_leaves(run, lambda path, x: x.at[commonest].add(10.0) if path == "['decoder']['bias']" else x)
     found = analysis.retrieval_by_position(run, arrays)
     step = scoring.scoring_step(run.config, run.model, None)
     right, count = scoring.score(step, run.params, arrays, run.config, run.mesh, seed=0).totals["retrieval_accuracy"]
