@@ -229,6 +229,8 @@ def ensembles(
     fits = [n for n, one in configs.items() if one.objective in losses.TASK_LOSSES and one.num_instances % ensemble == 0]
     if not fits:
         check_ensemble(ensemble, list(configs.values())[-1])
+    if left := [name for name in configs if name not in fits]:
+        print(f"Left out: {', '.join(left)} ({ensemble} copies take a task, and an N that they divide).", flush=True)
     options: dict[str, Any] = {"split": split, "groupings": groupings, "predictions": predictions, "ensemble": ensemble}
     scores = {name: evaluate_run(folder / name, label=f"{name} evaluate".strip(), **options) for name in fits}
     header = ["run", "N", "copies", "metric", "value"]

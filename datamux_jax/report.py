@@ -160,7 +160,8 @@ def plot(path: Path, contents: dict[str, Any]) -> None:
         axes.annotate("plain baseline", (min(x), level), textcoords="offset points", xytext=(0, 4), fontsize=8, color="grey")
     axes.margins(x=0.15, y=0.2)
     axes.set_xlabel("instances per second (median, device only)")
-    axes.set_ylabel(f"test {TASKS[metric]}{', times 100' if metric in NO_SHARES else ', %'}")
+    split = contents["scores"][names[0]]["split"]
+    axes.set_ylabel(f"{TASKS[metric]} on the {split} split{', times 100' if metric in NO_SHARES else ', %'}")
     axes.set_title(contents["title"])
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
