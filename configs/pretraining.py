@@ -52,7 +52,7 @@ def base(text: str | None, kind: str, **defaults):
         )
     c.data.source = "files" if arg.files else "tfds"
     c.data.path, c.data.name = arg.files, arg.tfds
-    c.data.tokenizer = arg.tokenizer or (c.data.tokenizer if arg.init else "bpe" if kind == "roberta" else "wordpiece")
+    c.data.tokenizer = arg.tokenizer or arg.init or ("bpe" if kind == "roberta" else "wordpiece")
     c.data.vocab_size = arg.vocab
     c.data.length = arg.length
     c.batch_groups = arg.groups

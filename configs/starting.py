@@ -1,4 +1,4 @@
-"""What `init=` names, for the configs that can start from weights: the sizes that come with it, and the tokenizer."""
+"""What `init=` names, for the configs that can start from weights: the sizes that come with it."""
 
 import json
 
@@ -25,7 +25,6 @@ def take(c, init: str, size: str, n: tuple[int, ...]) -> dict:
         raise InputError(f"init={init} has its own sizes, so size={size} has no place. Leave one of them out.")
     given = _described(init, c)
     c.model.update(given["model"])
-    c.data.tokenizer = init
     count = given["num_instances"]
     if count == 1:
         return {"init_from": init}

@@ -42,7 +42,7 @@ def base(text: str | None, /, **defaults):
         c.model.update(model_of(arg.size or "4x256"))
     c.model.dropout_rate = c.model.attention_dropout_rate = arg.dropout
     c.model.pool = arg.pool
-    c.data.tokenizer = arg.tokenizer or (c.data.tokenizer if arg.init else "bytes")
+    c.data.tokenizer = arg.tokenizer or arg.init or "bytes"
     c.data.length = arg.length
     c.data.buckets = arg.buckets
     c.batch_groups = arg.groups

@@ -90,10 +90,9 @@ class Plan:
         return buckets.of(self.config, self.arrays)
 
     @property
-    def batches(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        """Shapes and shardings of all kinds of training batches, those with the longest rows first."""
-        lengths = self.buckets.lengths[::-1] if self.buckets else (self.format.length,)
-        return [self.shapes_of(self.config.batch_groups, length) for length in lengths]
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of rows that training batches have, the longest first."""
+        return self.buckets.lengths[::-1] if self.buckets else (self.format.length,)
 
     def shapes_of(self, groups: int, length: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a global batch of so many groups, with rows of the given length or of the longest."""

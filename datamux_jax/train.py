@@ -174,8 +174,9 @@ class _Loop:
         batch = sharding.put_batch(rows, plan.mesh, self._config.batch_groups)
         if self._step is None:
             # All of them now: the largest may not fit, and none is to hold up the training later.
-            self._step = CompiledStep(plan.jitted_step(), self._state, *plan.batches)
-            self._work = {shapes["mask"].shape[-1]: plan.work(shapes["mask"].shape[-1]) for shapes in plan.batches}
+            batches = (plan.shapes_of(self._config.batch_groups, length) for length in plan.lengths)
+            self._step = CompiledStep(plan.jitted_step(), self._state, *batches)
+            self._work = {length: plan.work(length) for length in plan.lengths}
         self._trace(starting=True)
         self._state, sums = self._step(self._state, batch)
         self._done += 1

@@ -14,13 +14,13 @@ from configs import common, glue, tagging
 from datamux_jax import distill, experiment, losses, sharding, workdir
 from datamux_jax.config import validate
 from datamux_jax.data import pipeline
-from datamux_jax.errors import InputError, Interrupted
+from datamux_jax.errors import InputError
 from datamux_jax.plan import prepare
 from datamux_jax.runs import load_run
 from datamux_jax.step import born_sharded, make_step
-from datamux_jax.train import stop_signals, train
+from datamux_jax.train import train
 from tests.conftest import small_config, text_config
-from tests.train_test import StopAt, lines, params_of
+from tests.train_test import lines, params_of, stopped
 
 B, N, L, C = 3, 2, 5, 4
 
@@ -114,10 +114,7 @@ def test_interrupted_equals_uninterrupted_also_without_the_teacher(digits_teache
     shutil.copytree(digits_teacher, tmp_path / "n1")
     config = taught("../n1", steps=9, model__dropout_rate=0.1)
     train(config, tmp_path / "whole")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(4))
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "parts")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    stopped(config, tmp_path / "parts", 4)
     shutil.rmtree(tmp_path / "n1")
     monkeypatch.setattr(distill, "load_run", lambda path: pytest.fail("asked again"))
     train(config, tmp_path / "parts")
@@ -125,18 +122,11 @@ def test_interrupted_equals_uninterrupted_also_without_the_teacher(digits_teache
     assert lines(tmp_path / "whole")[-1]["loss"] == lines(tmp_path / "parts")[-1]["loss"]
 
 
-def stopped(config, run, monkeypatch):
-    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(4))
-    with pytest.raises(Interrupted):
-        train(config, run)
-    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
-
-
 @pytest.mark.slow
-def test_damaged_outputs_are_made_again_by_the_same_teacher_only(digits_teacher, tmp_path, monkeypatch):
+def test_damaged_outputs_are_made_again_by_the_same_teacher_only(digits_teacher, tmp_path):
     shutil.copytree(digits_teacher, tmp_path / "n1")
     config = taught("../n1", steps=9)
-    stopped(config, tmp_path / "n2", monkeypatch)
+    stopped(config, tmp_path / "n2", 4)
     file = tmp_path / "n2" / distill.FILE
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -150,7 +140,7 @@ def test_damaged_outputs_are_made_again_by_the_same_teacher_only(digits_teacher,
         train(config, tmp_path / "n2")
 
 
-def test_outputs_of_another_teacher_or_other_data_are_not_used(digits_teacher, tmp_path, monkeypatch):
+def test_outputs_of_another_teacher_or_other_data_are_not_used(digits_teacher, tmp_path):
     shutil.copytree(digits_teacher, tmp_path / "n1")
     plan = prepare(taught("../n1"), tmp_path / "n2")
     (tmp_path / "n2").mkdir()
@@ -170,10 +160,10 @@ def test_outputs_of_another_teacher_or_other_data_are_not_used(digits_teacher, t
 
 
 @pytest.mark.slow
-def test_resume_asks_for_the_same_teacher(digits_teacher, tmp_path, monkeypatch):
+def test_resume_asks_for_the_same_teacher(digits_teacher, tmp_path):
     shutil.copytree(digits_teacher, tmp_path / "old" / "n1")
     config = taught("../n1", steps=9)
-    stopped(config, tmp_path / "old" / "n2", monkeypatch)
+    stopped(config, tmp_path / "old" / "n2", 4)
     train(config, tmp_path / "old" / "n2")
     train(small_config(1, steps=4), tmp_path / "new" / "n1")
     resumed = taught("../n1", steps=12, resume=str(tmp_path / "old" / "n2"))

@@ -191,7 +191,7 @@ BAD_FLAGS = {
 }
 # Imports what takes long once, and runs every command in a child of its own.
 ALL_OF_THEM = """
-import contextlib, json, os, runpy, sys, warnings
+import json, os, runpy, sys, warnings
 import datamux_jax.experiment, datamux_jax.predict, datamux_jax.stream
 warnings.simplefilter("ignore")  # Of forks: no device was touched yet.
 for name, module, flags in json.loads(sys.stdin.read()):

@@ -93,11 +93,12 @@ def test_a_step_is_compiled_once_for_each_length_of_rows_and_no_other():
     data = pipeline.train_iterator(plan.arrays, groups=8, instances=2, seed=0, buckets=plan.buckets)
     batches = [sharding.put_batch(batch, plan.mesh) for batch in itertools.islice(data, 32)]
     by_length = {batch["mask"].shape[-1]: batch for batch in batches}
-    for foreseen in plan.batches:
+    foreseen_batches = [plan.shapes_of(8, length) for length in plan.lengths]
+    for foreseen in foreseen_batches:
         assert {name: (x.shape, x.dtype) for name, x in foreseen.items()} == {
             name: (x.shape, x.dtype) for name, x in by_length[foreseen["mask"].shape[-1]].items()
         }
-    step = CompiledStep(plan.jitted_step(), state, *plan.batches)
+    step = CompiledStep(plan.jitted_step(), state, *foreseen_batches)
     for length in (16, 20, 16):
         state, sums = step(state, by_length[length])
         assert np.isfinite(sums["loss"][0])

@@ -21,7 +21,7 @@ from datamux_jax.errors import InputError, Interrupted
 from datamux_jax.metrics_log import MetricsLog, Work, read_lines
 from datamux_jax.plan import prepare
 from datamux_jax.runs import load_run
-from datamux_jax.train import stop_signals, train
+from datamux_jax.train import train
 from tests.conftest import small_config, text_config
 
 
@@ -67,15 +67,20 @@ class StopAt:
         pass
 
 
+def stopped(config, run, steps):
+    """Trains until a signal comes after `steps` steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(steps))
+        with pytest.raises(Interrupted, match="The same command goes on"):
+            train(config, run)
+
+
 @pytest.mark.parametrize("make", [small_config, pytest.param(text_config, marks=pytest.mark.slow)])
-def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, make):
+def test_interrupted_equals_uninterrupted_bit_for_bit(tmp_path, make):
     config = make(model__dropout_rate=0.1, steps=9, **({"retrieval_loss_coeff": 0.1} if make is text_config else {}))
     train(config, tmp_path / "whole")
     for steps in (3, 2):
-        monkeypatch.setattr("datamux_jax.train.stop_signals", lambda steps=steps: StopAt(steps))
-        with pytest.raises(Interrupted, match="The same command goes on"):
-            train(config, tmp_path / "parts")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+        stopped(config, tmp_path / "parts", steps)
     train(config, tmp_path / "parts")
     chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
     whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
@@ -259,24 +264,18 @@ def test_init_from_takes_parameters_and_starts_at_step_zero(tmp_path, text_run):
     chex.assert_trees_all_close(here, there, atol=1e-12)
 
 
-def test_resume_continues_the_whole_state(tmp_path, monkeypatch):
+def test_resume_continues_the_whole_state(tmp_path):
     config = small_config(steps=8, checkpoint__every=2)
     train(config, tmp_path / "whole")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(4))
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "first")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    stopped(config, tmp_path / "first", 4)
     train(small_config(steps=8, checkpoint__every=2, resume=str(tmp_path / "first")), tmp_path / "second")
     chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "second"))
 
 
-def test_a_line_says_the_same_whether_the_run_was_interrupted_within_its_window_or_not(tmp_path, monkeypatch):
+def test_a_line_says_the_same_whether_the_run_was_interrupted_within_its_window_or_not(tmp_path):
     config = small_config(steps=8, log_every=4, checkpoint__every=8)
     train(config, tmp_path / "whole")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(6))
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "parts")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    stopped(config, tmp_path / "parts", 6)
     train(config, tmp_path / "parts")
     clocks = {"instances_per_second", "tokens_per_second", "data_wait_share"}
     both = [
@@ -285,13 +284,10 @@ def test_a_line_says_the_same_whether_the_run_was_interrupted_within_its_window_
     assert both[0] == both[1]
 
 
-def test_training_in_length_buckets_goes_on_with_the_same_batches_and_counts_what_it_reads(tmp_path, monkeypatch):
+def test_training_in_length_buckets_goes_on_with_the_same_batches_and_counts_what_it_reads(tmp_path):
     config = text_config(data__length=20, data__buckets=True, steps=8, log_every=4)
     train(config, tmp_path / "whole")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(3))
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "parts")
-    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    stopped(config, tmp_path / "parts", 3)
     train(config, tmp_path / "parts")
     chex.assert_trees_all_equal(params_of(tmp_path / "whole"), params_of(tmp_path / "parts"))
     plan = prepare(config)
@@ -339,10 +335,7 @@ def test_a_second_trainer_changes_nothing(tmp_path):
 
 
 def test_data_that_change_between_stop_and_restart_are_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("datamux_jax.train.stop_signals", lambda: StopAt(4))
-    with pytest.raises(Interrupted):
-        train(small_config(), tmp_path)
-    monkeypatch.setattr("datamux_jax.train.stop_signals", stop_signals)
+    stopped(small_config(), tmp_path, 4)
     original = pipeline.splits_of
 
     def changed(config, fmt):
