@@ -23,7 +23,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     # Training.
     c.seed = 0  # Of initialisation, data order, dropout and everything else that is drawn.
-    # "classification", "regression" or "tagging"; "retrieval", the token-retrieval warm-up; "mlm" or "electra", pre-training.
+    # "classification", "regression" or "tagging"; "retrieval", the token-retrieval warm-up; "states", the hidden states of the plain
+    # network distill.teacher as a warm-up; "mlm" or "electra", pre-training.
     c.objective = "classification"
     # "classification": "cross_entropy"; or "squared", DataMUX's loss for images: targets +-1 for tanh of the logits.
     c.task_loss = "cross_entropy"
@@ -31,7 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.batch_groups = 64  # B, mixed rows a step, all devices together; B * N examples a step.
     c.steps = 2000  # Updates in all.
     c.task_loss_coeff = (
-        1.0  # Weight of the task loss (MLM and replaced-token detection too), in all objectives but "retrieval".
+        1.0  # Weight of the task loss (MLM, replaced-token detection and states too), in all objectives but "retrieval".
     )
     c.retrieval_loss_coeff = 0.0  # Weight of token retrieval beside it (text only; DataMUX: 0.9 and 0.1).
     c.retrieval_percentage = 1.0  # Share of positions that carry the retrieval loss.
@@ -53,8 +54,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.wandb = ""  # Project on Weights & Biases to write them to, with the extra `wandb`; "": none.
 
     c.distill = ml_collections.ConfigDict()  # Learning from another run beside the labels (datamux_jax/distill.py).
-    # Folder of a run that was trained on the same task, as a rule with N = 1; relative to the workdir first; "": none.
+    # Folder of a run that was trained on the same task, as a rule with N = 1; relative to the workdir first; "": none. Of "states": a
+    # plain network of the same sizes and tokenizer, a run, the folder of a published encoder, or "minilm".
     c.distill.teacher = ""
+    c.distill.layers = 1.0  # "states": weight of the layers below the last one.
     c.distill.weight = 0.5  # Share w of the task loss that the teacher gives: (1 - w) * labels + w * teacher.
     c.distill.temperature = 2.0  # T by which logits are divided; regression has none.
 

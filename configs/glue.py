@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/glue.py:sst2,n=1+2+5,data=SST-2,init=minilm --workdir=runs/sst2
 
-For each N > 1 two stages: token-retrieval warm-up on the task's own texts, then the task with 0.9 task + 0.1 retrieval (DataMUX,
-section 3.3); N = 1 is the plain network. Scored is the development set, with the metrics that GLUE reports. Arguments:
+For each N > 1 two stages: a warm-up on the task's own texts, then the task with 0.9 task + 0.1 retrieval (DataMUX, section 3.3); N = 1
+is the plain network. A network that starts from a plain encoder learns the encoder's hidden states in the warm-up; any other, token
+retrieval. Scored is the development set, with the metrics that GLUE reports. Arguments:
 
     sst2            the task, first and without a name: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli
     data=           a folder with the task's files, or GLUE's folder; none: TensorFlow Datasets
@@ -12,13 +13,15 @@ section 3.3); N = 1 is the plain network. Scored is the development set, with th
     size=           without init: a size of configs/models.py (bert_base), or LAYERSxWIDTH, the width a multiple of 64
     tokenizer=      bytes, or a file or folder with one; by default that of init
     warmup=         steps of the warm-up; 0: none
+    states=false    token retrieval alone in the warm-up, from a plain encoder too
+    mux=, demux=    values of mux.name and demux.name; by default those of docs/tasks.md from an encoder, DataMUX's otherwise
     steps=          of the task
     groups=         mixed rows a step
     length=         tokens of a row
     buckets=        texts of similar length are trained on together, in shorter rows
     rate=           learning rate
     dropout=        of activations and of attention
-    pool=           what the classifier reads
+    pool=           what the classifier reads, a value of model.pool; by default demuxed_mean with init, mean from scratch
     distill=        share of the task loss that the outputs of the run n1 give instead of the labels (datamux_jax/distill.py); 0: none
 
 MNLI is scored on the matched part; --config.eval.split=validation_mismatched scores the other one.

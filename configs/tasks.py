@@ -3,6 +3,9 @@
 from configs import common, models, pretraining, starting
 from datamux_jax.errors import InputError
 
+# What mixes and unmixes in networks that start from an encoder, and what is classified in those that start from anything
+# (docs/tasks.md).
+MUX, DEMUX, POOL = "binary_hadamard", "mlp", "demuxed_mean"
 ARGUMENTS = {
     "n": (1, 2, 5),
     "init": "",
@@ -14,9 +17,12 @@ ARGUMENTS = {
     "length": 128,
     "rate": 1e-4,
     "dropout": 0.1,
-    "pool": "mean",
+    "pool": "",
     "buckets": True,
     "distill": 0.0,
+    "states": True,
+    "mux": "",
+    "demux": "",
 }
 
 
@@ -41,7 +47,7 @@ def base(text: str | None, /, **defaults):
         arg.start = {}
         c.model.update(model_of(arg.size or "4x256"))
     c.model.dropout_rate = c.model.attention_dropout_rate = arg.dropout
-    c.model.pool = arg.pool
+    c.model.pool = arg.pool or (POOL if arg.init else "mean")
     c.data.tokenizer = arg.tokenizer or arg.init or "bytes"
     c.data.length = arg.length
     c.data.buckets = arg.buckets
@@ -57,10 +63,11 @@ def model_of(size: str) -> dict:
 
 
 def stages(c, arg, objective: str) -> None:
-    """Makes `c` an experiment: for each N > 1 the token-retrieval warm-up on the task's own texts, then the task.
+    """Makes `c` an experiment: for each N > 1 a warm-up on the task's own texts, then the task.
 
-    The task has the loss 0.9 task + 0.1 retrieval (DataMUX, section 3.3). The plain network (N = 1) has nothing to take apart, and
-    learns the task alone. The first stage starts from `init`.
+    A network that starts from a plain encoder learns the encoder's hidden states in the warm-up, with token retrieval beside it; any
+    other one learns token retrieval alone. The task has the loss 0.9 task + 0.1 retrieval (DataMUX, section 3.3). The plain network
+    (N = 1) has nothing to take apart, and learns the task alone. The first stage starts from `init`.
 
     With `distill` the plain network comes first, and teaches the others the task.
 
@@ -74,17 +81,53 @@ def stages(c, arg, objective: str) -> None:
         )
     runs = {}
     for n in sorted(arg.n, key=lambda n: n != 1) if arg.distill else arg.n:
-        start = arg.start.to_dict()
+        start = mixed(n, arg) | arg.start.to_dict()
         if n > 1 and arg.warmup:
-            runs[f"n{n}-warmup"] = stage(n, arg.warmup) | start | {"objective": "retrieval"}
+            warm_up = learning_states(arg.init) if arg.states and from_encoder(arg) else {"objective": "retrieval"}
+            runs[f"n{n}-warmup"] = merged(start, stage(arg.warmup), warm_up)
             start |= {"init_from": f"../n{n}-warmup"}
         losses: dict = {"task_loss_coeff": 0.9, "retrieval_loss_coeff": 0.1} if n > 1 else {}
         if n > 1 and arg.distill:
             losses["distill"] = {"teacher": "../n1", "weight": arg.distill}
-        runs[f"n{n}"] = stage(n, arg.steps) | start | losses | {"objective": objective}
+        runs[f"n{n}"] = merged(start, stage(arg.steps), losses, {"objective": objective})
     common.set_runs(c, runs)
 
 
-def stage(n: int, steps: int) -> dict:
+def from_encoder(arg) -> bool:
+    """Whether what `init` names is there, and is a plain network."""
+    return bool(arg.init) and "mux" not in arg.start
+
+
+def mixed(n: int, arg) -> dict:
+    """The keys of a network of `n` instances, with the multiplexer and demultiplexer asked for."""
+    keys = common.instances(n)
+    if n > 1:
+        usual = (MUX, DEMUX) if from_encoder(arg) else (keys["mux"]["name"], keys["demux"]["name"])
+        keys |= {"mux": {"name": arg.mux or usual[0]}, "demux": {"name": arg.demux or usual[1]}}
+    return keys
+
+
+def learning_states(teacher: str) -> dict:
+    """The keys of a run that learns the hidden states of `teacher`, as measured in docs/tasks.md."""
+    return {
+        "objective": "states",
+        "distill": {"teacher": teacher},
+        "retrieval_loss_coeff": 0.3,
+        "retrieval_percentage": 0.25,
+        "model": {"dropout_rate": 0.0, "attention_dropout_rate": 0.0},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+
+
+def stage(steps: int) -> dict:
     """The keys of a stage; a tenth of it is the warm-up of the learning rate."""
-    return common.instances(n) | {"steps": steps, "optimizer": {"warmup_steps": steps // 10}}
+    return {"steps": steps, "optimizer": {"warmup_steps": steps // 10}}
+
+
+def merged(*parts: dict) -> dict:
+    """Nested dicts as one; of equal keys the last one counts."""
+    found: dict = {}
+    for part in parts:
+        for key, value in part.items():
+            found[key] = merged(found[key], value) if isinstance(value, dict) and key in found else value
+    return found

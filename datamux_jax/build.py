@@ -24,6 +24,7 @@ HEADS = {
     "electra": "replaced",
     "retrieval": "",
     "mlm": "",
+    "states": "states",
 }
 SEQUENCE_OBJECTIVES = ("classification", "regression")
 
@@ -127,12 +128,27 @@ def spec_of(config: Any) -> Spec:
     )
 
 
-def build_generator(config: Any, model: Network) -> MultiplexedTransformer | None:
-    """ELECTRA's generator for the discriminator `model`: plain, muxed, or None (uniform random tokens).
+def build_second(config: Any, model: Network) -> MultiplexedTransformer | None:
+    """The second network that an objective runs beside `model`, if it has one; its parameters lie under a name of `second_name`.
 
-    A plain generator runs on every instance by itself; a muxed one mixes them in the same way as the discriminator.
+    For ELECTRA, a generator of the discriminator: plain, muxed, or None (uniform random tokens). A plain generator runs on every
+    instance by itself; a muxed one mixes them in the same way as the discriminator. For state distillation, the plain network of the
+    same sizes, whose states are learned.
     """
     g = config.generator
+    if config.objective == "states":
+        assert isinstance(model, MultiplexedTransformer), "validate() refuses others"
+        spec = dataclasses.replace(model.spec, dropout_rate=0.0, attention_dropout_rate=0.0, scan=False, remat="none")
+        return model.clone(
+            parent=None,
+            spec=spec,
+            num_instances=1,
+            mux=None,
+            demux=None,
+            backbone=model.backbone.clone(parent=None, spec=spec),
+            head="",
+            vocabulary_head=False,
+        )
     if config.objective != "electra" or g.kind == "uniform":
         return None
     assert isinstance(model, MultiplexedTransformer), "validate() refuses others"
@@ -160,6 +176,11 @@ def build_generator(config: Any, model: Network) -> MultiplexedTransformer | Non
     )
 
 
+def second_name(second: MultiplexedTransformer) -> str:
+    """Where the parameters of a second network lie: `generator`, or `teacher`, which predicts nothing and never changes."""
+    return "generator" if second.vocabulary_head else "teacher"
+
+
 def shares_embeddings(model: Network, generator: MultiplexedTransformer) -> bool:
     """Generator and discriminator share the whole embedding module exactly when it has the same width (MUX-PLMs, released)."""
     return model.spec.width == generator.spec.width
@@ -170,7 +191,7 @@ def init_params(
     key: Array,
     inputs_shape: tuple[int, ...],
     inputs_dtype: Any,
-    generator: MultiplexedTransformer | None = None,
+    second: MultiplexedTransformer | None = None,
 ) -> Any:
     """Fresh parameters, boxed with their logical axis names.
 
@@ -179,18 +200,18 @@ def init_params(
       key: random key.
       inputs_shape: `[B, N, L]` or `[B, N, L, F]`; `B` may be 1.
       inputs_dtype: of the inputs.
-      generator: its parameters lie below `generator`, without embeddings if both share them.
+      second: from `build_second`; its parameters lie below its name, a generator's without embeddings if both share them.
     """
     inputs = jnp.zeros(inputs_shape, inputs_dtype)
     mask = jnp.ones(inputs_shape[:3], jnp.int32)
     params = model.init({"params": key}, inputs, mask)["params"]
-    if generator is None:
+    if second is None:
         return params
-    n = generator.num_instances
-    extra = dict(generator.init({"params": jax.random.fold_in(key, 1)}, inputs[:, :n], mask[:, :n])["params"])
-    if shares_embeddings(model, generator):
+    n, name = second.num_instances, second_name(second)
+    extra = dict(second.init({"params": jax.random.fold_in(key, 1)}, inputs[:, :n], mask[:, :n])["params"])
+    if name == "generator" and shares_embeddings(model, second):
         del extra["embeddings"]
-    return {**params, "generator": extra}
+    return {**params, name: extra}
 
 
 def count_params(params: Any) -> int:

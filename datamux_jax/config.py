@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from datamux_jax import classifier
+from datamux_jax import classifier, packaged
 from datamux_jax.backbones import BACKBONES
 from datamux_jax.backbones.encoder import REMAT
 from datamux_jax.backbones.vision import VISION
@@ -101,7 +101,9 @@ def validate(config: Any) -> None:
         )
     if config.objective in ("classification", "regression", "tagging") and not config.task_loss_coeff:
         raise InputError("task_loss_coeff = 0 leaves no task to learn. Use objective = 'retrieval' for the warm-up.")
-    if config.distill.teacher:
+    if config.objective == "states":
+        _states(config)
+    elif config.distill.teacher:
         _teaching(config)
 
 
@@ -135,7 +137,25 @@ def _teaching(config: Any) -> None:
     if config.objective not in TASK_LOSSES:
         raise InputError(
             f"distill.teacher = {config.distill.teacher!r} teaches a task, but objective = {config.objective!r} is none. Set it for "
-            f"runs of {', '.join(TASK_LOSSES)} alone."
+            f"runs of {', '.join(TASK_LOSSES)} alone, or learn the teacher's hidden states: objective = 'states'."
+        )
+
+
+def _states(config: Any) -> None:
+    """Checks a config of state distillation."""
+    if not config.distill.teacher:
+        raise InputError(
+            "objective = 'states' learns the hidden states of a plain network, but distill.teacher = '' names none. Name the folder of "
+            f"a plain run or of a published encoder, or {', '.join(packaged.PACKAGES)}; objective = 'retrieval' needs none."
+        )
+    if config.demux.name == "index" and config.demux.prefix == "cut":
+        raise InputError(
+            "demux.prefix = 'cut' pushes the last tokens out of the rows, so objective = 'states' has no states of them to learn. Use "
+            "demux.prefix = 'extend'."
+        )
+    if not config.task_loss_coeff:
+        raise InputError(
+            "task_loss_coeff = 0 leaves objective = 'states' no states to learn. Use objective = 'retrieval', or set it above 0."
         )
 
 
@@ -147,7 +167,7 @@ POSITIVE = (
     *("generator.hidden_size", "generator.num_layers", "generator.num_heads", "generator.mlp_dim", "mask_rate"),
 )
 NOT_NEGATIVE = (
-    *("seed", "data.length", "mux.norm", "retrieval_loss_coeff", "task_loss_coeff"),
+    *("seed", "data.length", "mux.norm", "retrieval_loss_coeff", "task_loss_coeff", "distill.layers"),
     *("model.embedding_size", "model.init_stddev", "model.type_vocab_size", "model.max_positions"),
     *("mux.epsilon", "generator.embedding_size", "generator_loss_coeff", "discriminator_loss_coeff"),
     *("checkpoint.keep_best", "eval.every", "eval.examples", "data.validation_share", "data.validation_examples"),

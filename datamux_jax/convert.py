@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from datamux_jax import checkpoint, hf, hf_config, saved, sharding, workdir
-from datamux_jax.build import HEADS, build_generator, count_params, init_params
+from datamux_jax.build import HEADS, build_second, count_params, init_params
 from datamux_jax.config import validate
 from datamux_jax.data import cache, tokenizers
 from datamux_jax.data.formats import Format
@@ -97,7 +97,7 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
         raise InputError(f"--workdir={run} holds a run already. Choose a new folder; nothing was changed.")
     fmt = _format(config, published, _tokenizer(source, config, published))
     model = build_model(config, fmt)
-    generator = build_generator(config, model)
+    generator = build_second(config, model)
 
     def make(key: jax.Array) -> Any:
         shape = (1, config.num_instances, *fmt.input_shape)

@@ -36,6 +36,11 @@ def draw_instances(keys_B: Array, length: int, instances: int) -> Array:
     return draw(keys_B, lambda key, shape: jax.random.randint(key, shape, 0, instances), (length,))
 
 
+def draw_positions(keys_B: Array, length: int, count: int) -> Array:
+    """For every mixed row `count` different positions below `length`: `[B, count]`."""
+    return draw(keys_B, lambda key, shape: jax.random.permutation(key, length)[: shape[0]], (count,))
+
+
 def draw_tokens(keys_B: Array, tokens_BxNxL: Array, vocab_size: int) -> Array:
     """A random token, uniform in the vocabulary, for every one of the given: `[B, N, L]`."""
 

@@ -12,6 +12,7 @@ from datamux_jax.metrics_log import read_lines
 # Metric -> title of its panel; those that no run has are left out.
 PANELS = {
     "retrieval_accuracy": "token retrieval, accuracy",
+    "state_loss": "hidden states, squared error",
     "mlm_loss": "MLM loss",
     "mlm_accuracy": "MLM accuracy",
     "replaced_accuracy": "replaced tokens found, accuracy",

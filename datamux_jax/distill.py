@@ -33,13 +33,13 @@ CHUNK = 8192  # Examples that are scored at a time; bounds what is in memory bes
 
 
 def check(plan: Plan, run: Path) -> None:
-    """Checks, before anything is written, that the run named by `distill.teacher` can teach; nothing without one.
+    """Checks, before anything is written, that the run named by `distill.teacher` can teach its outputs; nothing without one.
 
     Raises:
       InputError: it is missing, has no checkpoint or no head, learned something else, or its outputs are too large.
     """
     config = plan.config
-    if not config.distill.teacher:
+    if not losses.has_teacher(config):
         return
     path = workdir.find(config.distill.teacher, run)
     if not path.exists():
@@ -131,7 +131,7 @@ def teacher_arrays(plan: Plan, run: Path) -> Arrays:
     Raises:
       InputError: the teacher does not fit, or is not the one that the run began with.
     """
-    if not plan.config.distill.teacher:
+    if not losses.has_teacher(plan.config):
         return {}
     data = plan.fingerprint
     if not distributed.from_primary(lambda: _usable(plan, run, data)):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datamux_jax import distributed, grouping, losses, metrics, predicted, saved, scoring, workdir
-from datamux_jax.build import build_generator
+from datamux_jax.build import build_second
 from datamux_jax.data import pipeline
 from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError, choose
@@ -73,7 +73,7 @@ def evaluate(
       InputError: no such split, no groupings, or predictions that cannot be written.
     """
     config = run.config
-    step = scoring.scoring_step(config, run.model, build_generator(config, run.model))
+    step = scoring.scoring_step(config, run.model, build_second(config, run.model))
     every_slot = config.eval.every_slot
     found = _groupings(run, step, split, groupings, label, predictions, every_slot=every_slot)
     totals, tasks = [one for one, _ in found.scores], [one for _, one in found.scores]

@@ -55,6 +55,37 @@ class ReplacedTokenHead(nn.Module):
         return self.out(gelu(self.hidden(x)))[..., 0].astype("float32")
 
 
+class StateHeads(nn.Module):
+    """Guesses of another network's hidden states, linear in the states that they are read from.
+
+    Attributes:
+      spec: sizes.
+      num_instances: `N`.
+    """
+
+    spec: Spec
+    num_instances: int
+
+    def setup(self) -> None:
+        spec, width = self.spec, self.spec.hidden_size
+        self.last = dense(spec, width, ("embed", None))
+        if inner := spec.num_layers - 1:
+            # What no demultiplexer reads: every instance has a matrix of its own on every layer.
+            shape, axes = (inner, self.num_instances, width, width), (None, "instances", "embed", None)
+            self.kernels = parameter(self, "kernels", kernel_init(spec), axes, shape)
+            self.biases = parameter(self, "biases", nn.initializers.zeros, (None, None), (inner, width))
+
+    def __call__(self, states: Array) -> Array:
+        """From demultiplexed states of the last layer, `[..., D]` both; float32."""
+        return self.last(states).astype("float32")
+
+    def inner(self, h_KxBxPxD: Array) -> Array:
+        """From mixed states of the `K` layers below the last one, those of all instances: `[K, B, N, P, D]`, float32."""
+        kernels, biases = (x.astype(h_KxBxPxD.dtype) for x in (self.kernels, self.biases))
+        read = jnp.einsum("kbpd,knde->kbnpe", h_KxBxPxD, kernels)
+        return (read + biases[:, None, None, None]).astype("float32")
+
+
 @jax.custom_vjp
 def with_bias(logits: Array, bias_V: Array) -> Array:
     """`logits + bias`, float32 `[..., V]`, whose gradient of the bias is a matrix product.

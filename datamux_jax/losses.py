@@ -224,6 +224,57 @@ def chosen_tokens_loss(
     return _token_sums("mlm", model.num_instances, loss, right, instance, weight), (token, instance, position, weight)
 
 
+def states_loss(
+    model: MultiplexedTransformer,
+    params: Any,
+    h_KxBxLxD: Array,
+    teacher_KxBxNxLxD: Array,
+    batch: Batch,
+    keys_B: Array,
+    rngs: Mapping[str, Array],
+    train: bool,
+) -> Sums:
+    """Squared error of guesses of a teacher's hidden states: of the last layer, and of those below it.
+
+    Targets are the teacher's states, each normalised to mean 0 and variance 1 over its numbers (as data2vec does, Baevski et al. 2022),
+    so that 1 is the error of who knows nothing. On the last layer the demultiplexed state of every token guesses; below it, linear
+    readouts of all instances at `L / N` positions a row, drawn anew for every row, which costs the same whatever `N` is.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      h_KxBxLxD: hidden states of the mixed rows after each of the `K` layers.
+      teacher_KxBxNxLxD: the teacher's, of every instance by itself.
+      batch: with `mask` and `weight`.
+      keys_B: random keys of the groups.
+      rngs: random keys.
+      train: draw dropout.
+
+    Returns:
+      `state_loss` of the last layer, `layer_loss` of all others (absent if there are none).
+    """
+    body = h_KxBxLxD.shape[2] - model.offset  # A cut prefix pushes the last tokens out.
+    weight_BxNxL = (batch["mask"] * batch["weight"][..., None])[..., :body].astype(jnp.float32)
+    target_KxBxNxLxD = jax.lax.stop_gradient(_normalised(teacher_KxBxNxLxD[:, :, :, :body]))
+    guess = call(model, params, "states", h_KxBxLxD[-1], train, rngs=dropout_stream(rngs, 2))
+    error_BxNxL = jnp.square(guess - target_KxBxNxLxD[-1]).mean(-1)
+    sums: Sums = {"state_loss": ((error_BxNxL * weight_BxNxL).sum(), weight_BxNxL.sum())}
+    if len(h_KxBxLxD) > 1:
+        position_BxP = corruption.draw_positions(keys_B, body, -(-body // model.num_instances))
+        h_KxBxPxD = jnp.take_along_axis(h_KxBxLxD[:-1], position_BxP[None, ..., None] + model.offset, axis=2)
+        target = jnp.take_along_axis(target_KxBxNxLxD[:-1], position_BxP[None, :, None, :, None], axis=3)
+        weight_BxNxP = jnp.take_along_axis(weight_BxNxL, position_BxP[:, None], axis=2)
+        error_BxNxP = jnp.square(call(model, params, "layer_states", h_KxBxPxD) - target).mean((0, -1))
+        sums["layer_loss"] = ((error_BxNxP * weight_BxNxP).sum(), weight_BxNxP.sum())
+    return sums
+
+
+def _normalised(x: Array) -> Array:
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
 def every_retrieval(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch: Batch) -> Sums:
     """Retrieval over every token of every instance, position 0 excepted (it is the same for all): loss, and accuracy by instance."""
     read, loss, counted = read_back(model, params, h_BxLxD, batch)
@@ -262,6 +313,11 @@ def read_back(model: MultiplexedTransformer, params: Any, h_BxLxD: Array, batch:
 TASK_LOSSES = {"classification": classification_loss, "regression": regression_loss, "tagging": tagging_loss}
 # Of classification: what `task_loss` names.
 CLASSIFICATION_LOSSES = {"cross_entropy": classification_loss, "squared": squared_loss}
+
+
+def has_teacher(config: Any) -> bool:
+    """Whether batches hold what a teacher says of the examples, beside the labels of a task."""
+    return bool(config.distill.teacher) and config.objective in TASK_LOSSES
 
 
 def task_loss(config: Any) -> Callable[..., tuple[Sums, Array]]:

@@ -209,4 +209,6 @@ def _summary(means: dict[str, Any], rate: float) -> str:
     for name, short in names.items():
         if means.get(name) is not None:
             shown.append(f"{short} {means[name]:.1%}")
+    if means.get("state_loss") is not None:
+        shown.append(f"states {1 - means['state_loss']:.3f}")
     return "  ".join([*shown, f"{rate:,.0f} instances/s"])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from datamux_jax.demux import Demultiplexer
 from datamux_jax.errors import InputError
 from datamux_jax.families import HeadForm, SpecialTokens
-from datamux_jax.heads import ClassificationHead, ReplacedTokenHead, VocabularyHead
+from datamux_jax.heads import ClassificationHead, ReplacedTokenHead, StateHeads, VocabularyHead
 from datamux_jax.layers import Array, Embeddings, Spec, masked_mean
 from datamux_jax.mux import Pointwise
 
@@ -69,7 +69,7 @@ class MultiplexedTransformer(Network):
       pad_position: see `Embeddings`.
       vocabulary_head: whether there is one; retrieval and MLM need it.
       tied_decoder: see `VocabularyHead`.
-      head: `sequence`, `token`, `replaced`, or none: a value of `build.HEADS`.
+      head: `sequence`, `token`, `replaced`, `states`, or none: a value of `build.HEADS`.
       classifier_form: layers of the classification head.
       pool: what sequence classification reads, a key of `POOLS`.
       retrieval_start: first position of the fed row that carries the retrieval loss.
@@ -104,6 +104,8 @@ class MultiplexedTransformer(Network):
             self.classifier = ClassificationHead(self.spec, self.num_classes, self.classifier_form)
         if self.head == "replaced":
             self.replaced_head = ReplacedTokenHead(self.spec)
+        if self.head == "states":
+            self.state_heads = StateHeads(self.spec, self.num_instances)
         if self.vocabulary_head:
             self.decoder = VocabularyHead(self.spec, self.vocab_size, self.tied_decoder, transform=self.demux is None)
 
@@ -117,6 +119,10 @@ class MultiplexedTransformer(Network):
             out["logits"] = self.tag(h, train)
         elif self.head == "replaced":
             out["logits"] = self.replaced(h, train)
+        elif self.head == "states":
+            out["states"] = self.states(h, train)
+            if self.spec.num_layers > 1:
+                self.layer_states(jnp.stack([h] * (self.spec.num_layers - 1)))
         else:
             self.features(h, mask_BxNxL, train)
         if self.vocabulary_head:
@@ -178,11 +184,20 @@ class MultiplexedTransformer(Network):
             return self.embeddings(fed[:, 0], train)
         return self.embeddings.refine(self.mix(fed, self.fed_mask(mask_BxNxL), train), train)
 
+    def encode_layers(self, inputs: Array, mask_BxNxL: Array, train: bool = False) -> Array:
+        """As `encode`, but the hidden states of all layers: `[layers, B, L', D]`."""
+        x_BxLxE = self.enter(inputs, mask_BxNxL, train)
+        return cast(Array, self.backbone.every_layer(x_BxLxE, self.attended(mask_BxNxL), train))
+
     def process(self, x_BxLxE: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """The backbone on what `enter` gives: `[B, L', D]`."""
+        return self.backbone(x_BxLxE, self.attended(mask_BxNxL), train)
+
+    def attended(self, mask_BxNxL: Array) -> Array | None:
+        """Positions of the fed rows that attention sees, `[B, L']`; None: all."""
         # Padding of one instance is content of another; without tokens there is none.
         everywhere = self.mux is not None and (self.attend_padding or not self.vocab_size)
-        return self.backbone(x_BxLxE, None if everywhere else self.fed_mask(mask_BxNxL).max(axis=1), train)
+        return None if everywhere else self.fed_mask(mask_BxNxL).max(axis=1)
 
     def mix(self, fed: Array, mask_BxNxL: Array, train: bool = False) -> Array:
         """Embeds every instance and mixes: `[B, L', E]`. At inference in one pass over the instances, where the multiplexer allows."""
@@ -237,6 +252,14 @@ class MultiplexedTransformer(Network):
     def replaced(self, h_BxLxD: Array, train: bool = False) -> Array:
         """ELECTRA's logits that a token was replaced: `[B, N, L]`, float32."""
         return self.replaced_head(self.token_states(h_BxLxD, train))
+
+    def states(self, h_BxLxD: Array, train: bool = False) -> Array:
+        """Guesses of a teacher's states of every token, from those of the last layer: `[B, N, L, D]`, float32."""
+        return self.state_heads(self.token_states(h_BxLxD, train))
+
+    def layer_states(self, h_KxBxPxD: Array) -> Array:
+        """The same from chosen positions of the `K` layers below the last one: `[K, B, N, P, D]`, float32."""
+        return self.state_heads.inner(h_KxBxPxD)
 
     def retrieve(self, h_BxLxD: Array, instance_BxL: Array, train: bool = False) -> Array:
         """Vocabulary logits of the chosen instance at every position: `[B, L', V]`, float32.

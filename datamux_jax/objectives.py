@@ -1,7 +1,8 @@
 """Objectives: `(params, batch, rngs, train, totals) -> (loss, sums)`. Table `OBJECTIVES`.
 
-An objective is built from the network, the config and, for ELECTRA, a generator. It puts together terms of `losses.py`, where
-batches, sums and totals are described. `rngs` holds `corruption`, one key or one for each group, and in training the key `dropout`.
+An objective is built from the network, the config and a second network, if it has one: ELECTRA's generator, or the teacher of state
+distillation. It puts together terms of `losses.py`, where batches, sums and totals are described. `rngs` holds `corruption`, one key
+or one for each group, and in training the key `dropout`.
 """
 
 from __future__ import annotations
@@ -86,11 +87,40 @@ def fine_tuning(model: Network, config: Any, generator: Any = None) -> Objective
     def objective(params: Any, batch: Batch, rngs: Rngs, train: bool, totals: Totals | None = None) -> tuple[Array, Sums]:
         h = call(model, params, "encode", batch["inputs"], batch["mask"], train, rngs=dropout_stream(rngs, 0))
         sums, outputs = task_loss(model, params, h, batch, rngs, train)
-        if config.distill.teacher:
+        if losses.has_teacher(config):
             sums |= losses.distillation_loss(outputs, batch, config.distill.temperature)
         keys = corruption.group_keys(rngs["corruption"], len(batch["inputs"]))
         sums |= retrieve(batch["inputs"], params, h, keys, rngs, train)
         return _with_loss(weighted(config, sums, "task_loss", "retrieval_loss", totals), sums, batch, totals)
+
+    return objective
+
+
+def states(model: MultiplexedTransformer, config: Any, teacher: MultiplexedTransformer | None = None) -> Objective:
+    """State distillation: the hidden states of a plain network, layer by layer, and token retrieval beside it.
+
+    `task_loss_coeff * (last layer + distill.layers * layers below) + retrieval_loss_coeff * retrieval`. The teacher reads every
+    instance by itself; its parameters stand beside those of the network, and get no gradient.
+    """
+    assert teacher is not None, "build_second() gives one"
+    retrieve = auxiliary_retrieval(model, config)
+
+    def objective(params: Any, batch: Batch, rngs: Rngs, train: bool, totals: Totals | None = None) -> tuple[Array, Sums]:
+        inputs, mask = batch["inputs"], batch["mask"]
+        alone = [x.reshape(-1, 1, x.shape[2]) for x in (inputs, mask)]
+        known = call(teacher, jax.lax.stop_gradient(params["teacher"]), "encode_layers", *alone)
+        known = known.reshape(len(known), *inputs.shape, -1)
+        h = call(model, params, "encode_layers", inputs, mask, train, rngs=dropout_stream(rngs, 0))
+        state_keys, retrieval_keys = corruption.split(corruption.group_keys(rngs["corruption"], len(inputs)), 2)
+        sums = losses.states_loss(model, params, h, known, batch, state_keys, rngs, train)
+        loss = losses.mean(sums, "state_loss", totals)
+        if "layer_loss" in sums:
+            loss += config.distill.layers * losses.mean(sums, "layer_loss", totals)
+        loss *= config.task_loss_coeff
+        if found := retrieve(inputs, params, h[-1], retrieval_keys, rngs, train):
+            sums |= found
+            loss += config.retrieval_loss_coeff * losses.mean(sums, "retrieval_loss", totals)
+        return _with_loss(loss, sums, batch, totals)
 
     return objective
 
@@ -212,6 +242,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     **dict.fromkeys(losses.TASK_LOSSES, fine_tuning),
     "mlm": mlm,
     "electra": electra,
+    "states": states,
 }
 
 

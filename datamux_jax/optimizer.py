@@ -37,8 +37,8 @@ def decayed(params: Any) -> Any:
 
 
 def frozen(params: Any, learn_mux: bool) -> Any:
-    """True at leaves that never change: the multiplexers' own vectors and matrices, unless they are learned."""
-    return _by_path(params, lambda path: path[-1] == "instance_embedding" and not learn_mux)
+    """True at leaves that never change: the multiplexers' own vectors and matrices, unless they are learned; and a teacher."""
+    return _by_path(params, lambda path: path[0] == "teacher" or (path[-1] == "instance_embedding" and not learn_mux))
 
 
 def norm(gradients: Any, learn_mux: bool) -> jax.Array:

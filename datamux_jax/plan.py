@@ -15,7 +15,7 @@ import numpy as np
 
 from datamux_jax import flops, losses, optimizer, saved, scoring, sharding, task_metrics
 from datamux_jax.backbones.vision import VISION
-from datamux_jax.build import build, build_generator
+from datamux_jax.build import build, build_second
 from datamux_jax.classifier import build_classifier
 from datamux_jax.config import validate
 from datamux_jax.data import buckets, pipeline
@@ -105,7 +105,7 @@ class Plan:
             "label": ((*rows, length) if fmt.token_labels else rows, "float32" if fmt.numbers else "int32"),
             "weight": (rows, "float32"),
         }
-        if self.config.distill.teacher:
+        if losses.has_teacher(self.config):
             outputs = (len(fmt.label_names),) if fmt.label_names else ()
             # Logits of every token are many, and half the bits say as much.
             tagging = ((*rows, length, *outputs), "float16")
@@ -114,8 +114,8 @@ class Plan:
 
     @property
     def teacher_bytes(self) -> int:
-        """Size of a teacher's outputs for all that is trained on; 0 without a teacher."""
-        if not self.config.distill.teacher:
+        """Size of a teacher's outputs for all that is trained on; 0 if none are read."""
+        if not losses.has_teacher(self.config):
             return 0
         row = self.batch_shapes["teacher"]
         return len(self.arrays["inputs"]) * math.prod(row.shape[2:]) * row.dtype.itemsize
@@ -200,7 +200,7 @@ def prepare(config: Any, run: Path | None = None) -> Plan:
 def assemble(config: Any, fmt: Format, mesh: jax.sharding.Mesh) -> Plan:
     """The network, optimizer and state of a valid config, for data of the format `fmt`, without the data."""
     model = build_model(config, fmt)
-    generator = build_generator(config, model)
+    generator = build_second(config, model)
     tx = optimizer.make(config)
     return Plan(config, mesh, fmt, model, generator, tx, state_maker(config, fmt, model, tx, generator))
 
@@ -212,7 +212,7 @@ def _check_data(config: Any, fmt: Format) -> None:
             f"model.backbone = {config.model.backbone!r} takes images, but the data source {config.data.source!r} has texts. Use "
             "'encoder', or a source of images."
         )
-    needs_tokens = config.objective in ("retrieval", "mlm", "electra")
+    needs_tokens = config.objective in ("retrieval", "mlm", "electra", "states")
     if not fmt.vocab_size and (needs_tokens or config.retrieval_loss_coeff):
         raise InputError(
             f"objective = {config.objective!r} with retrieval_loss_coeff = {config.retrieval_loss_coeff} needs tokens, but the data "
@@ -221,7 +221,7 @@ def _check_data(config: Any, fmt: Format) -> None:
     if fmt.corpus and not needs_tokens:
         raise InputError(
             f"objective = {config.objective!r} needs labels, but the data source {config.data.source!r} is running text. Use "
-            "'retrieval', 'mlm' or 'electra', or a source with labels."
+            "'retrieval', 'states', 'mlm' or 'electra', or a source with labels."
         )
     if config.objective == "tagging" and not fmt.token_labels:
         raise InputError(

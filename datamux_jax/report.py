@@ -66,6 +66,7 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
         "MLM loss",
         "MLM accuracy",
         "replaced",
+        "states",
         "token retrieval",
         "instances/s",
         "ratio",
@@ -82,6 +83,7 @@ def markdown(contents: dict[str, Any], configs: dict[str, Any]) -> str:
                 f"{score['mlm_loss']:.3f}" if score.get("mlm_loss") is not None else "",
                 with_std(score, "mlm_accuracy"),
                 with_std(score, "replaced_accuracy"),
+                f"{1 - score['state_loss']:.3f}" if score.get("state_loss") is not None else "",
                 with_std(score, "retrieval_accuracy"),
                 f"{speed['instances_per_second']:,.0f}" if speed else "",
                 f"{speed['ratio']:.2f}x" if speed else "",
@@ -116,6 +118,8 @@ def _notes(contents: dict[str, Any], groups: int) -> list[str]:
     if cut := sorted({score["words_cut"] for score in scores.values() if score.get("words_cut")}):
         why = "they lie beyond the length, or the tokenizer leaves nothing of them"
         notes.append(f"Counted as wrong, since {why}: {' or '.join(f'{count:,}' for count in cut)} words.")
+    if any("state_loss" in score for score in scores.values()):
+        notes.append("States: share of the variance of the teacher's last hidden states that is guessed right (1 is all).")
     if any("retrieval_accuracy" in score for score in scores.values()):
         notes.append(
             "Token retrieval: share of the input tokens (all instances, without [CLS] and padding) read back from the mixed state."

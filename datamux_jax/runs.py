@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from datamux_jax import checkpoint, optimizer, sharding, workdir
-from datamux_jax.build import build_generator
+from datamux_jax.build import build_second
 from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError
 from datamux_jax.model import Network
@@ -47,7 +47,7 @@ def load_run(path: str | Path) -> Run:
     model = build_model(config, fmt)
     # The mesh of the machine that uses a run need not be the one that trained it.
     mesh = sharding.inference_mesh()
-    make = state_maker(config, fmt, model, optimizer.make(config), build_generator(config, model))
+    make = state_maker(config, fmt, model, optimizer.make(config), build_second(config, model))
     with contextlib.closing(checkpoint.reader(path, config)) as saves:
         step, params = saves.restore_params(placed(jax.eval_shape(make, jax.random.key(0)).params, mesh))
     return Run(path, config, fmt, model, params, step, mesh)

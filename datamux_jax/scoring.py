@@ -47,7 +47,7 @@ def scoring_step(config: Any, model: Network, generator: MultiplexedTransformer 
     Pre-training is scored as it is trained, on what `key` draws, and has no outputs; everything else is scored on every token and draws
     nothing. With `logits`, for ensembles, the task alone is scored, and the outputs of tagging are logits `[B, N, L, C]`, not tags.
     """
-    if config.objective in ("mlm", "electra"):
+    if config.objective in ("mlm", "electra", "states"):
         objective = OBJECTIVES[config.objective](model, config, generator)
         return jax.jit(lambda params, batch, key: (objective(params, batch, {"corruption": key}, False)[1], None))
     retrieve = config.objective == "retrieval" or (config.retrieval_loss_coeff > 0 and not logits)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
-import jax
-
-from datamux_jax import convert, distributed, packaged, saved, workdir
+from datamux_jax import convert, distributed, leaves, packaged, saved, teacher, workdir
 from datamux_jax.checkpoint import Checkpoints, reader, shapes
 from datamux_jax.errors import InputError, few
 from datamux_jax.plan import Plan
 from datamux_jax.step import TrainState
 
 # May be absent from, surplus in, or of another shape in the parameters that a run starts from: a new task has a new head.
-HEADS = ("classifier/", "replaced_head/", "decoder/", "generator/")
+HEADS = ("classifier/", "replaced_head/", "state_heads/", "decoder/", "generator/", "teacher/")
 # May be absent besides if the run to start from is a plain network.
 MULTIPLEXING = ("mux/", "demux/")
 
@@ -41,10 +38,15 @@ def check(plan: Plan, run: Path) -> None:
     """
     config, abstract = plan.config, plan.abstract
     more = f" or of a published network, or {', '.join(packaged.PACKAGES)}"
-    for key, names, others in (("resume", (), ""), ("init_from", packaged.PACKAGES, more)):
-        if config[key] and config[key] not in names and not workdir.find(config[key], run).exists():
+    teaching = config.distill.teacher if config.objective == "states" else ""
+    for key, name, names, others in (
+        ("resume", config.resume, (), ""),
+        ("init_from", config.init_from, packaged.PACKAGES, more),
+        ("distill.teacher", teaching, packaged.PACKAGES, more),
+    ):
+        if name and name not in names and not workdir.find(name, run).exists():
             raise InputError(
-                f"{key} = {config[key]!r} exists neither in the new run's folder, {run}, nor in the current one. Name the folder of a "
+                f"{key} = {name!r} exists neither in the new run's folder, {run}, nor in the current one. Name the folder of a "
                 f"run{others}."
             )
     if config.resume:
@@ -58,7 +60,7 @@ def check(plan: Plan, run: Path) -> None:
                 "use init_from to start another training from its parameters."
             )
     elif config.init_from:
-        source = starting_run(config, run)
+        source = starting_run(config.init_from, config, run)
         try:
             match(source, abstract.params)
         except InputError as error:
@@ -66,6 +68,8 @@ def check(plan: Plan, run: Path) -> None:
             different = [text for key, text in _changed(config, source).items() if key.startswith(shapes)]
             raise InputError(f"{error} They differ in: {'; '.join(different)}." if different else str(error)) from error
         check_same_function(config, source)
+    if teaching and not config.resume:
+        teacher.check(plan, starting_run(teaching, config, run))
 
 
 def check_data(plan: Plan, run: Path) -> None:
@@ -107,21 +111,28 @@ def initial_state(
             )
         return state, host
     state = fresh()
-    if not config.init_from:
-        return state, None
-    where = distributed.primary_first(lambda: starting_run(config, run))
-    params, left = init_from(where, state.params)
-    print(f"{run.name}: starts from {config.init_from}{left}", flush=True)
+    params = {name: part for name, part in state.params.items() if name != "teacher"}
+    if config.init_from:
+        where = distributed.primary_first(lambda: starting_run(config.init_from, config, run))
+        params, left = init_from(where, params)
+        print(f"{run.name}: starts from {config.init_from}{left}", flush=True)
+    if "teacher" in state.params:
+        where = distributed.primary_first(lambda: starting_run(config.distill.teacher, config, run))
+        params["teacher"] = teacher.load(where, state.params["teacher"])
     return dataclasses.replace(state, params=params), None
 
 
-def starting_run(config: Any, run: Path) -> Path:
-    """The run that `config.init_from` names: a published network, or the encoder of an installed package, is converted first.
+def starting_run(name: str, config: Any, run: Path) -> Path:
+    """The run that `name` stands for: a published network, or the encoder of an installed package, is converted first.
+
+    Args:
+      name: a folder, relative to `run` or to the current one, or a package.
+      config: of the run that wants it.
+      run: its folder.
 
     Raises:
       InputError: it cannot be converted, or the package is not installed.
     """
-    name = config.init_from
     folder = packaged.encoder(name) if name in packaged.PACKAGES else workdir.find(name, run)
     return convert.converted(folder, config) if convert.is_published(folder) else folder
 
@@ -190,9 +201,8 @@ def match(
     Raises:
       InputError: there is no checkpoint, or other leaves are missing, surplus or misshapen; the first of them are listed.
     """
-    record = saved.record(run, workdir.load_config(run))
-    theirs = {path: shape for path, (shape, _) in saved.shapes(record, "params").items()}
-    ours = {path: tuple(leaf.shape) for path, leaf in _flat(params).items()}
+    theirs = leaves.shapes(run)
+    ours = {path: tuple(leaf.shape) for path, leaf in leaves.flat(params).items()}
     shared = {path for path in ours if ours[path] == theirs.get(path)}
     mixed, theirs_mixed = (any(path.startswith(MULTIPLEXING) for path in paths) for paths in (ours, theirs))
     if fresh and not theirs_mixed:
@@ -227,17 +237,8 @@ def init_from(run: Path, params: Any) -> tuple[Any, str]:
       InputError: as `match`.
     """
     theirs, shared = match(run, params)
-    ours = _flat(params)
-    # What is not used has a sharding too: the one it was saved with may be of devices that are not there.
-    where = next(iter(ours.values())).sharding
-    whole = jax.NamedSharding(where.mesh, jax.P()) if isinstance(where, jax.NamedSharding) else where
-    wanted = {
-        path: jax.ShapeDtypeStruct(shape, "float32", sharding=ours[path].sharding if path in shared else whole)
-        for path, shape in theirs.items()
-    }
-    with contextlib.closing(reader(run, workdir.load_config(run))) as source:
-        loaded = _flat(source.restore_params(_nested(wanted))[1])
-    merged = _nested({path: loaded[path] if path in shared else leaf for path, leaf in ours.items()})
+    ours = leaves.flat(params)
+    merged = leaves.nested(ours | leaves.restored(run, {path: ours[path] for path in shared}))
     notes = (("fresh", ours), ("not used", theirs))
     left = [f"; {what}: {', '.join(_groups(set(paths) - shared))}" for what, paths in notes if set(paths) - shared]
     return merged, "".join(left)
@@ -246,11 +247,3 @@ def init_from(run: Path, params: Any) -> tuple[Any, str]:
 def _groups(paths: set[str]) -> list[str]:
     """The first two levels of parameter paths: `demux/keys`, `classifier/out`."""
     return sorted({"/".join(path.split("/")[:2]) for path in paths})
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")
-
-
-def _nested(flat: Mapping[str, Any]) -> Any:
-    return flax.traverse_util.unflatten_dict(flat, sep="/")

@@ -12,7 +12,7 @@ import pytest
 
 from datamux_jax import analysis, scoring, sharding, workdir
 from datamux_jax.analysis import companions, layerwise, parts, pictures, points, tables, written
-from datamux_jax.build import build_generator
+from datamux_jax.build import build_second
 from datamux_jax.data import pipeline
 from datamux_jax.errors import InputError
 from datamux_jax.layers import Attention, Spec
@@ -48,7 +48,7 @@ def fresh_run(config, path=Path("fresh")):
     fmt, splits = pipeline.load(config)
     model = build_model(config, fmt)
     shape = (1, config.num_instances, *fmt.input_shape)
-    params = fresh_params(model, shape, fmt.input_dtype, build_generator(config, model))
+    params = fresh_params(model, shape, fmt.input_dtype, build_second(config, model))
     mesh = sharding.inference_mesh()
     return Run(path, config, fmt, model, params, 0, mesh), splits["test"]
 

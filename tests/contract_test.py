@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from datamux_jax import optimizer, sharding
-from datamux_jax.build import HEADS, build, build_generator, init_params
+from datamux_jax.build import HEADS, build, build_second, init_params
 from datamux_jax.demux import DEMUX
 from datamux_jax.families import FAMILIES, SpecialTokens
 from datamux_jax.mux import MUX
@@ -69,7 +69,7 @@ def make(mux, demux, family, objective, dtype="float32"):
         generator__mlp_dim=32,
     )
     model = build(config, num_classes=C, vocab_size=V, max_length=L, tokens=tokens_of(family))
-    generator = build_generator(config, model)
+    generator = build_second(config, model)
     return config, model, generator
 
 

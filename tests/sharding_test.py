@@ -104,8 +104,9 @@ def test_every_mesh_gives_the_numbers_of_one_device():
         {"objective": "electra", "mask_rate": 0.5, "generator__kind": "plain", "generator__hidden_size": 16},
         {"objective": "mlm", "retrieval_loss_coeff": 0.0, "remat": "full", "scan_layers": True, "model__num_layers": 2},
         {"objective": "electra", "model__tied_decoder": False},
+        {"objective": "states", "distill__teacher": "nobody", "model__num_layers": 2, "demux__name": "mlp"},
     ],
-    ids=["contextual-mlp", "ortho-index-mlm", "electra-muxed", "electra-plain", "mlm-scanned", "electra"],
+    ids=["contextual-mlp", "ortho-index-mlm", "electra-muxed", "electra-plain", "mlm-scanned", "electra", "states"],
 )
 def test_every_mesh_gives_the_numbers_of_one_device_for_other_parts(changes):
     same_numbers(changes, 20)

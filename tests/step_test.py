@@ -20,6 +20,7 @@ OBJECTIVES = {
     "classification": {"retrieval_loss_coeff": 0.1},
     "retrieval": {"retrieval_percentage": 0.5},
     "mlm": {"retrieval_loss_coeff": 0.1, "mask_rate": 0.5},
+    "states": {"retrieval_loss_coeff": 0.1, "distill__teacher": "nobody", "model__num_layers": 2},
     "electra": {
         "retrieval_loss_coeff": 0.1,
         "mask_rate": 0.5,

@@ -87,8 +87,29 @@ def test_the_first_stage_starts_from_an_encoder_with_its_sizes_and_tokenizer(tmp
     assert [run.init_from for run in runs.values()] == [str(tmp_path), str(tmp_path), "../n2-warmup"]
     model = runs["n2"].model
     assert (model.hidden_size, model.num_heads, model.mlp_dim, model.layer_norm_eps) == (24, 3, 40, 1e-12)
-    assert (model.dropout_rate, model.pool, runs["n2"].data.tokenizer) == (0.0, "mean", str(tmp_path))
+    assert (model.dropout_rate, model.pool, runs["n2"].data.tokenizer) == (0.0, "demuxed_mean", str(tmp_path))
     assert runs_of(glue.get_config(f"rte,n=1,init={tmp_path},tokenizer=bytes"))["n1"].data.tokenizer == "bytes"
+
+
+def test_a_plain_encoder_teaches_its_states_in_the_first_stage(tmp_path):
+    workdir.write_json(tmp_path / "config.json", PUBLISHED)
+    first = runs_of(glue.get_config(f"rte,n=1+2,init={tmp_path},warmup=50,rate=1e-5"))["n2-warmup"]
+    assert (first.objective, first.distill.teacher, first.init_from) == ("states", str(tmp_path), str(tmp_path))
+    assert (first.steps, first.optimizer.warmup_steps, first.optimizer.learning_rate, first.model.dropout_rate) == (
+        50,
+        5,
+        1e-3,
+        0,
+    )
+    task = runs_of(glue.get_config(f"rte,n=2,init={tmp_path},mux=random_ortho"))["n2"]
+    assert (task.objective, task.distill.teacher, task.mux.name, task.demux.name) == (
+        "classification",
+        "",
+        "random_ortho",
+        "mlp",
+    )
+    without = runs_of(glue.get_config(f"rte,n=2,init={tmp_path},states=false"))["n2-warmup"]
+    assert (without.objective, without.distill.teacher) == ("retrieval", "")
 
 
 def test_pre_training_starts_from_an_encoder_too(tmp_path):

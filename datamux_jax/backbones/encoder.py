@@ -42,27 +42,40 @@ class Encoder(nn.Module):
           mask: `[B, L]`, or None to attend everywhere. In a mixed row padding of one instance is content of another.
           train: draw dropout from the stream `dropout`.
         """
+        return self._run(x_BxLxE, mask, train)[0]
+
+    def every_layer(self, x_BxLxE: Array, mask: Array | None = None, train: bool = False) -> Array:
+        """As a call, but the outputs of all layers, `[layers, B, L, D]`; the last one is what a call gives."""
+        return jnp.stack(self._run(x_BxLxE, mask, train, keep=True)[1])
+
+    def _run(self, x_BxLxE: Array, mask: Array | None, train: bool, keep: bool = False) -> tuple[Array, Any]:
+        """The last layer's output, and with `keep` those of all layers."""
         spec = self.spec
         h = x_BxLxE if spec.width == spec.hidden_size else self.project(x_BxLxE)
         keys = [None] * spec.num_layers
         if train and self.layers[0].draws:
             keys = list(jax.random.split(self.make_rng("dropout"), spec.num_layers))
         if self.is_initializing() or (spec.remat == "none" and not spec.scan):
+            kept = []
             for layer, key in zip(self.layers, keys, strict=True):
                 h = layer(h, mask, key)
-            return h
+                kept.append(h)
+            return h, kept
         block = Block(spec, parent=None)
 
-        def apply(h: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
+        def apply(h: Array, layer: tuple[Any, Array | None]) -> tuple[Array, Array | None]:
             params, key = layer
-            return cast(Array, block.apply({"params": params}, h, mask, key)), None
+            h = cast(Array, block.apply({"params": params}, h, mask, key))
+            return h, h if keep else None
 
         if spec.remat != "none":
             # Inside a scan nothing can be merged with the forward pass by mistake.
             apply = jax.checkpoint(apply, policy=REMAT[spec.remat], prevent_cse=not spec.scan)
         layers = [(layer.variables["params"], key) for layer, key in zip(self.layers, keys, strict=True)]
         if spec.scan:
-            return jax.lax.scan(apply, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))[0]
+            return jax.lax.scan(apply, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+        kept = []
         for pair in layers:
             h, _ = apply(h, pair)
-        return h
+            kept.append(h)
+        return h, kept

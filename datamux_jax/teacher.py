@@ -1,0 +1,87 @@
+"""The plain network whose hidden states are learned (objective `states`), with its parameters beside those of the network.
+
+It has the sizes and the tokenizer of the network that learns from it; as a rule both start from the same encoder. What a run began
+with lies in its checkpoints, so that it goes on even if the teacher is gone by then.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datamux_jax import leaves, workdir
+from datamux_jax.data.formats import Format
+from datamux_jax.errors import InputError, few
+from datamux_jax.plan import Plan
+
+SAME = (
+    "model.family",
+    "model.layer_norm_eps",
+    "model.num_heads",
+)  # Parameters of equal shapes mean something else where these differ.
+
+
+def check(plan: Plan, teacher: Path) -> None:
+    """Checks, before anything is written, that the run in the folder `teacher` can teach its hidden states.
+
+    Raises:
+      InputError: it is multiplexed, has other sizes, reads other tokens, or has no checkpoint.
+    """
+    config, name = plan.config, f"distill.teacher = {plan.config.distill.teacher!r}"
+    theirs = workdir.load_config(teacher)
+    if theirs.runs:
+        raise InputError(
+            f"{name} is an experiment of several runs. Name a plain one of them: "
+            f"{', '.join(str(teacher / run) for run in theirs.runs)}."
+        )
+    if theirs.num_instances != 1:
+        raise InputError(
+            f"{name} mixes {theirs.num_instances} instances, but states are learned from a plain network, which reads each by itself. "
+            "Name a run with num_instances = 1, or an encoder."
+        )
+    different = [
+        f"{key} = {there!r} there, {here!r} here"
+        for key in SAME
+        for there, here in ((_get(theirs, key), _get(config, key)),)
+        if there != here
+    ]
+    found, ours = leaves.shapes(teacher), leaves.flat(plan.abstract.params["teacher"])
+    different += [
+        f"{path} is {found.get(path, 'not')} there and {tuple(leaf.shape)} here"
+        for path, leaf in ours.items()
+        if found.get(path) != tuple(leaf.shape)
+    ]
+    # A bigger network would have layers that nothing here learns.
+    different += [f"{path} is not here" for path in found if path.startswith("backbone/") and path not in ours]
+    if different:
+        raise InputError(
+            f"{name} is another network than the one that is to learn its states: {few(different)}. Name one of the same sizes, such "
+            "as the encoder that the run starts from."
+        )
+    if Format.load(teacher).tokenizer != plan.format.tokenizer:
+        raise InputError(
+            f"{name} has another tokenizer than data.tokenizer = {config.data.tokenizer!r}, so its states are of other tokens. Set "
+            "data.tokenizer to the teacher's folder."
+        )
+
+
+def load(teacher: Path, params: Any) -> Any:
+    """The parameters of the run in the folder `teacher`.
+
+    Args:
+      teacher: its folder.
+      params: fresh parameters of such a network, sharded.
+
+    Returns:
+      Its own, of the same shapes and shardings.
+
+    Raises:
+      InputError: no checkpoint is intact.
+    """
+    return leaves.nested(leaves.restored(teacher, leaves.flat(params)))
+
+
+def _get(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = config[part]
+    return config
