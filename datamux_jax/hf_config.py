@@ -212,7 +212,7 @@ def from_config(config: Any, *, vocab_size: int, positions: int, labels: tuple[s
       InputError: the published code has no class for it.
     """
     m, multiplexed = config.model, config.mux.name != "none"
-    objective = {"regression": "classification", "retrieval": "mlm"}.get(config.objective, config.objective)
+    objective = {"regression": "classification", "retrieval": "mlm", "states": "mlm"}.get(config.objective, config.objective)
     names = [name for name, there in ARCHITECTURES[m.family, multiplexed].items() if there == objective]
     problem = _unpublished(config, names)
     if problem:

@@ -23,7 +23,8 @@ TASKS = {
     "stsb": ("STS-B, Spearman x 100", "spearman"),
 }
 COUNTS = (1, 2, 5, 10)
-KINDS = {"": ("without warm-up", "tab:blue"), "-warm": ("with warm-up", "tab:orange")}
+# Ending of a run's name -> its warm-up, and how it is drawn.
+KINDS = {"": ("none", "tab:blue", ":"), "-warm": ("retrieval", "tab:orange", "--"), "-states": ("states", "tab:green", "-")}
 SMOOTHED = 5  # Logged lines that a point of a curve is the mean of.
 
 
@@ -54,8 +55,7 @@ def table(runs: Path, task: str) -> str:
             one = scores(runs, task, n, kind)
             if one is not None:
                 often = scores(runs, task, n, kind, ensemble=5)
-                whether = "" if n == 1 else "yes" if kind else "no"
-                rows.append([str(n), whether, *line(one, metric), line(often, metric)[0]])
+                rows.append([str(n), "" if n == 1 else KINDS[kind][0], *line(one, metric), line(often, metric)[0]])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -64,7 +64,8 @@ def draw(runs: Path) -> pyplot.Figure:
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(16, 3.6), layout="constrained")
     for panel, (task, (title, metric)) in zip(panels, TASKS.items(), strict=True):
         plain = scores(runs, task, 1, "")
-        for kind, (label, color) in KINDS.items():
+        for kind, (warm_up, color, _) in KINDS.items():
+            label = f"warm-up: {warm_up}"
             found = [(n, one) for n in COUNTS[1:] if (one := scores(runs, task, n, kind))]
             points = [(1, plain)] * (plain is not None) + found
             if found:
@@ -97,7 +98,7 @@ def curves(runs: Path) -> pyplot.Figure:
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(16, 3.6), layout="constrained")
     for panel, (task, (title, _)) in zip(panels, TASKS.items(), strict=True):
         for color, n in enumerate(COUNTS):
-            for kind, style in zip(KINDS, ("--", "-"), strict=True):
+            for kind, (warm_up, _, style) in KINDS.items():
                 logged = metrics_log.read_lines(runs / f"{task}-n{n}{kind}" / f"n{n}")
                 points = [(one["step"], one["task_loss"]) for one in logged if "task_loss" in one]
                 if not points:
@@ -106,7 +107,7 @@ def curves(runs: Path) -> pyplot.Figure:
                     sum(loss for _, loss in points[max(0, i + 1 - SMOOTHED) : i + 1]) / min(i + 1, SMOOTHED)
                     for i in range(len(points))
                 ]
-                label = f"N = {n}" + ("" if n == 1 else ", with warm-up" if kind else ", without")
+                label = f"N = {n}" + ("" if n == 1 else f", warm-up: {warm_up}")
                 panel.plot([step for step, _ in points], means, style, color=f"C{color}", label=label)
         panel.set(title=title.partition(",")[0], xlabel="step", ylabel="training loss of the task", ylim=(0, None))
         panel.grid(alpha=0.3)
