@@ -37,7 +37,7 @@ def base(text: str | None, /, **defaults):
       The config and the arguments.
 
     Raises:
-      InputError: an unknown argument or size, or an encoder to start from that cannot be read.
+      InputError: an unknown argument or size, an encoder to start from that cannot be read, or arguments that do not go together.
     """
     arg = common.parse_arg(text, **(ARGUMENTS | defaults))
     c = common.get_config()
@@ -46,6 +46,12 @@ def base(text: str | None, /, **defaults):
     else:
         arg.start = {}
         c.model.update(model_of(arg.size or "4x256"))
+    for name in ("mux", "demux"):
+        if arg[name] and "mux" in arg.start:
+            raise InputError(
+                f"init={arg.init} mixes in its own way, so {name}={arg[name]} has no place. Leave it out, or start from a plain "
+                "encoder."
+            )
     c.model.dropout_rate = c.model.attention_dropout_rate = arg.dropout
     c.model.pool = arg.pool or (POOL if arg.init else "mean")
     c.data.tokenizer = arg.tokenizer or arg.init or "bytes"

@@ -142,6 +142,8 @@ def test_a_run_to_start_from_gives_its_sizes(tmp_path):
     config = glue.get_config(f"rte,n=2,init={tmp_path}")
     model, first = config.model, config.overrides["n2-warmup"]
     assert (first.num_instances, first.mux.name, first.demux.name) == (2, "gaussian_hadamard", "rsa")
+    with pytest.raises(InputError, match=r"mixes in its own way, so demux=mlp has no place"):
+        glue.get_config(f"rte,n=2,init={tmp_path},demux=mlp")
     with pytest.raises(InputError, match=r"mixes 2 instances, so nothing else can start from it. Give n=2"):
         glue.get_config(f"rte,n=1+2,init={tmp_path}")
     assert (model.hidden_size, model.num_layers, model.mlp_dim) == (16, 1, 32)
