@@ -53,7 +53,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.tensorboard = True  # Write the same numbers for TensorBoard, into the run's folder.
     c.wandb = ""  # Project on Weights & Biases to write them to, with the extra `wandb`; "": none.
 
-    c.distill = ml_collections.ConfigDict()  # Learning from another run beside the labels (datamux_jax/distill.py).
+    # Learning from another network: its outputs beside the labels (datamux_jax/distill.py), or its hidden states (teacher.py).
+    c.distill = ml_collections.ConfigDict()
     # Folder of a run that was trained on the same task, as a rule with N = 1; relative to the workdir first; "": none. Of "states": a
     # plain network of the same sizes and tokenizer, a run, the folder of a published encoder, or "minilm".
     c.distill.teacher = ""

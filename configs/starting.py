@@ -29,7 +29,9 @@ def take(c, init: str, size: str, n: tuple[int, ...]) -> dict:
     if count == 1:
         return {"init_from": init}
     if n != (count,):
-        raise InputError(f"init={init} mixes {count} instances, so nothing else can start from it. Give n={count}.")
+        raise InputError(
+            f"init={init} mixes {count} instances, so nothing else can start from it. Give n={count}, or a plain network."
+        )
     return {"init_from": init} | {key: given[key] for key in ("num_instances", "mux", "demux")}
 
 

@@ -100,7 +100,7 @@ def stages(c, arg, objective: str) -> None:
 
 
 def from_encoder(arg) -> bool:
-    """Whether what `init` names is there, and is a plain network."""
+    """Whether `init` is given, and names a plain network."""
     return bool(arg.init) and "mux" not in arg.start
 
 

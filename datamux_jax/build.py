@@ -138,7 +138,8 @@ def build_second(config: Any, model: Network) -> MultiplexedTransformer | None:
     g = config.generator
     if config.objective == "states":
         assert isinstance(model, MultiplexedTransformer), "validate() refuses others"
-        spec = dataclasses.replace(model.spec, dropout_rate=0.0, attention_dropout_rate=0.0, scan=False, remat="none")
+        # Without a backward pass there is nothing to compute again for.
+        spec = dataclasses.replace(model.spec, dropout_rate=0.0, attention_dropout_rate=0.0, remat="none")
         return model.clone(
             parent=None,
             spec=spec,
@@ -177,7 +178,7 @@ def build_second(config: Any, model: Network) -> MultiplexedTransformer | None:
 
 
 def second_name(second: MultiplexedTransformer) -> str:
-    """Where the parameters of a second network lie: `generator`, or `teacher`, which predicts nothing and never changes."""
+    """Where the parameters of a second network lie: `generator`, or `teacher`, which has no head and never changes."""
     return "generator" if second.vocabulary_head else "teacher"
 
 
@@ -215,5 +216,5 @@ def init_params(
 
 
 def count_params(params: Any) -> int:
-    """Number of scalars in a parameter tree."""
-    return sum(int(x.size) for x in jax.tree.leaves(params))
+    """Number of scalars in a parameter tree, those of a teacher left out."""
+    return sum(int(x.size) for x in jax.tree.leaves({name: part for name, part in params.items() if name != "teacher"}))

@@ -97,11 +97,11 @@ def import_run(source: Path, run: Path, base: ml_collections.ConfigDict, *, obje
         raise InputError(f"--workdir={run} holds a run already. Choose a new folder; nothing was changed.")
     fmt = _format(config, published, _tokenizer(source, config, published))
     model = build_model(config, fmt)
-    generator = build_second(config, model)
+    second = build_second(config, model)
 
     def make(key: jax.Array) -> Any:
         shape = (1, config.num_instances, *fmt.input_shape)
-        return sharding.unbox(init_params(model, key, shape, fmt.input_dtype, generator))
+        return sharding.unbox(init_params(model, key, shape, fmt.input_dtype, second))
 
     fresh = jax.device_get(jax.jit(make)(jax.random.key(config.seed)))
     # A plain encoder need not have a vocabulary head; a class that was trained with one must.

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from datamux_jax import distill, distributed, losses, report, saved, start, workdir
+from datamux_jax import distill, distributed, losses, report, saved, start, teacher, workdir
 from datamux_jax.baselines import BASELINES
 from datamux_jax.benchmark import throughput
 from datamux_jax.config import validate
@@ -156,10 +156,13 @@ def _check_sources(plan: Plan, run: Path, waiting: Mapping[Path, Any]) -> None:
 
     if awaited(config.init_from) is None:
         start.check(plan, run)
-    if (teacher := awaited(config.distill.teacher)) is None:
+    if (taught := awaited(config.distill.teacher)) is None:
+        start.check_teacher(plan, run)
         distill.check(plan, run)
+    elif losses.has_teacher(config):
+        distill.check_task(config, taught)
     else:
-        distill.check_task(config, teacher)
+        teacher.check_config(config, taught)
 
 
 def compare(

@@ -72,8 +72,8 @@ class StateHeads(nn.Module):
         if inner := spec.num_layers - 1:
             # What no demultiplexer reads: every instance has a matrix of its own on every layer.
             shape, axes = (inner, self.num_instances, width, width), (None, "instances", "embed", None)
-            self.kernels = parameter(self, "kernels", kernel_init(spec), axes, shape)
-            self.biases = parameter(self, "biases", nn.initializers.zeros, (None, None), (inner, width))
+            self.inner_kernel = parameter(self, "inner_kernel", kernel_init(spec, batch_axis=(0, 1)), axes, shape)
+            self.inner_bias = parameter(self, "inner_bias", nn.initializers.zeros, (None, None), (inner, width))
 
     def __call__(self, states: Array) -> Array:
         """From demultiplexed states of the last layer, `[..., D]` both; float32."""
@@ -81,9 +81,9 @@ class StateHeads(nn.Module):
 
     def inner(self, h_KxBxPxD: Array) -> Array:
         """From mixed states of the `K` layers below the last one, those of all instances: `[K, B, N, P, D]`, float32."""
-        kernels, biases = (x.astype(h_KxBxPxD.dtype) for x in (self.kernels, self.biases))
-        read = jnp.einsum("kbpd,knde->kbnpe", h_KxBxPxD, kernels)
-        return (read + biases[:, None, None, None]).astype("float32")
+        kernel, bias = (x.astype(h_KxBxPxD.dtype) for x in (self.inner_kernel, self.inner_bias))
+        read = jnp.einsum("kbpd,knde->kbnpe", h_KxBxPxD, kernel)
+        return (read + bias[:, None, None, None]).astype("float32")
 
 
 @jax.custom_vjp

@@ -278,7 +278,7 @@ def _unpublished(config: Any, names: list[str]) -> str:
         return f"another rsa stack than demux.form = {config.demux.form!r} in its {m.family} classes"
     if config.objective in SEQUENCE_OBJECTIVES and m.pool != "first":
         return f"no pooling like model.pool = {m.pool!r}; it reads the first position"
-    cuts = config.objective in ("mlm", "electra", "retrieval")
+    cuts = config.objective in ("mlm", "electra", "retrieval", "states")
     if config.demux.name == "index" and (config.demux.prefix == "cut") != cuts:
         return f"no class for objective = {config.objective!r} with demux.prefix = {config.demux.prefix!r}"
     if multiplexed and m.tied_decoder != FAMILIES[m.family].tied_decoder:

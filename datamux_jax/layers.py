@@ -57,8 +57,11 @@ class Spec:
         return self.embedding_size or self.hidden_size
 
 
-def kernel_init(spec: Spec) -> nn.initializers.Initializer:
-    return nn.initializers.normal(spec.init_stddev) if spec.init_stddev else nn.initializers.glorot_normal()
+def kernel_init(spec: Spec, batch_axis: Sequence[int] = ()) -> nn.initializers.Initializer:
+    """Of kernels `[in, out]`, stacked along the axes `batch_axis`."""
+    return (
+        nn.initializers.normal(spec.init_stddev) if spec.init_stddev else nn.initializers.glorot_normal(batch_axis=batch_axis)
+    )
 
 
 def table_init(spec: Spec) -> nn.initializers.Initializer:

@@ -237,7 +237,7 @@ def states_loss(
     """Squared error of guesses of a teacher's hidden states: of the last layer, and of those below it.
 
     Targets are the teacher's states, each normalised to mean 0 and variance 1 over its numbers (as data2vec does, Baevski et al. 2022),
-    so that 1 is the error of who knows nothing. On the last layer the demultiplexed state of every token guesses; below it, linear
+    so that 1 is the error of guessing zeros. On the last layer the demultiplexed state of every token guesses; below it, linear
     readouts of all instances at `L / N` positions a row, drawn anew for every row, which costs the same whatever `N` is.
 
     Args:
@@ -253,14 +253,14 @@ def states_loss(
     Returns:
       `state_loss` of the last layer, `layer_loss` of all others (absent if there are none).
     """
-    body = h_KxBxLxD.shape[2] - model.offset  # A cut prefix pushes the last tokens out.
-    weight_BxNxL = (batch["mask"] * batch["weight"][..., None])[..., :body].astype(jnp.float32)
-    target_KxBxNxLxD = jax.lax.stop_gradient(_normalised(teacher_KxBxNxLxD[:, :, :, :body]))
+    length = batch["mask"].shape[2]
+    weight_BxNxL = (batch["mask"] * batch["weight"][..., None]).astype(jnp.float32)
+    target_KxBxNxLxD = jax.lax.stop_gradient(_normalised(teacher_KxBxNxLxD))
     guess = call(model, params, "states", h_KxBxLxD[-1], train, rngs=dropout_stream(rngs, 2))
     error_BxNxL = jnp.square(guess - target_KxBxNxLxD[-1]).mean(-1)
     sums: Sums = {"state_loss": ((error_BxNxL * weight_BxNxL).sum(), weight_BxNxL.sum())}
     if len(h_KxBxLxD) > 1:
-        position_BxP = corruption.draw_positions(keys_B, body, -(-body // model.num_instances))
+        position_BxP = corruption.draw_positions(keys_B, length, -(-length // model.num_instances))
         h_KxBxPxD = jnp.take_along_axis(h_KxBxLxD[:-1], position_BxP[None, ..., None] + model.offset, axis=2)
         target = jnp.take_along_axis(target_KxBxNxLxD[:-1], position_BxP[None, :, None, :, None], axis=3)
         weight_BxNxP = jnp.take_along_axis(weight_BxNxL, position_BxP[:, None], axis=2)

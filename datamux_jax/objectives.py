@@ -96,6 +96,13 @@ def fine_tuning(model: Network, config: Any, generator: Any = None) -> Objective
     return objective
 
 
+def teacher_states(teacher: MultiplexedTransformer, params: Any, batch: Batch) -> Array:
+    """What a plain network has after each layer, of every instance by itself: `[layers, B, N, L, D]`."""
+    alone = [batch[name].reshape(-1, 1, batch[name].shape[2]) for name in ("inputs", "mask")]
+    known = call(teacher, params, "encode_layers", *alone)
+    return known.reshape(len(known), *batch["inputs"].shape, -1)
+
+
 def states(model: MultiplexedTransformer, config: Any, teacher: MultiplexedTransformer | None = None) -> Objective:
     """State distillation: the hidden states of a plain network, layer by layer, and token retrieval beside it.
 
@@ -106,11 +113,9 @@ def states(model: MultiplexedTransformer, config: Any, teacher: MultiplexedTrans
     retrieve = auxiliary_retrieval(model, config)
 
     def objective(params: Any, batch: Batch, rngs: Rngs, train: bool, totals: Totals | None = None) -> tuple[Array, Sums]:
-        inputs, mask = batch["inputs"], batch["mask"]
-        alone = [x.reshape(-1, 1, x.shape[2]) for x in (inputs, mask)]
-        known = call(teacher, jax.lax.stop_gradient(params["teacher"]), "encode_layers", *alone)
-        known = known.reshape(len(known), *inputs.shape, -1)
-        h = call(model, params, "encode_layers", inputs, mask, train, rngs=dropout_stream(rngs, 0))
+        inputs = batch["inputs"]
+        known = teacher_states(teacher, jax.lax.stop_gradient(params["teacher"]), batch)
+        h = call(model, params, "encode_layers", inputs, batch["mask"], train, rngs=dropout_stream(rngs, 0))
         state_keys, retrieval_keys = corruption.split(corruption.group_keys(rngs["corruption"], len(inputs)), 2)
         sums = losses.states_loss(model, params, h, known, batch, state_keys, rngs, train)
         loss = losses.mean(sums, "state_loss", totals)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import flops, losses, optimizer, saved, scoring, sharding, task_metrics
+from datamux_jax import flops, losses, objectives, optimizer, saved, scoring, sharding, task_metrics
 from datamux_jax.backbones.vision import VISION
 from datamux_jax.build import build, build_second
 from datamux_jax.classifier import build_classifier
@@ -42,7 +42,7 @@ class Plan:
     mesh: jax.sharding.Mesh
     format: Format
     model: Network
-    generator: MultiplexedTransformer | None
+    second: MultiplexedTransformer | None
     tx: Any
     make: Callable[[jax.Array], TrainState]
 
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def objective(self) -> Objective:
-        return OBJECTIVES[self.config.objective](self.model, self.config, self.generator)
+        return OBJECTIVES[self.config.objective](self.model, self.config, self.second)
 
     @property
     def arrays(self) -> Arrays:
@@ -158,10 +158,15 @@ class Plan:
           length: of the rows; by default the longest.
         """
         keys = {name: jax.eval_shape(lambda: jax.random.key(0)) for name in ("dropout", "corruption")}
-        return flops.training_flops(
-            lambda params, batch, rngs: self.objective(params, batch, rngs, True),
-            *(self.abstract.params, self.shapes_of(self.config.batch_groups, length), keys),
+        batch, params = self.shapes_of(self.config.batch_groups, length), self.abstract.params
+        total = flops.training_flops(
+            lambda params, batch, rngs: self.objective(params, batch, rngs, True), *(params, batch, keys)
         )
+        teacher = self.second
+        if teacher is None or "teacher" not in params:
+            return total
+        # A teacher has no backward pass.
+        return total - 2 * flops.matmul_flops(functools.partial(objectives.teacher_states, teacher), params["teacher"], batch)
 
     def work(self, length: int) -> Work:
         """What one update on rows of the given length amounts to."""
@@ -200,9 +205,9 @@ def prepare(config: Any, run: Path | None = None) -> Plan:
 def assemble(config: Any, fmt: Format, mesh: jax.sharding.Mesh) -> Plan:
     """The network, optimizer and state of a valid config, for data of the format `fmt`, without the data."""
     model = build_model(config, fmt)
-    generator = build_second(config, model)
+    second = build_second(config, model)
     tx = optimizer.make(config)
-    return Plan(config, mesh, fmt, model, generator, tx, state_maker(config, fmt, model, tx, generator))
+    return Plan(config, mesh, fmt, model, second, tx, state_maker(config, fmt, model, tx, second))
 
 
 def _check_data(config: Any, fmt: Format) -> None:
@@ -262,7 +267,7 @@ def _check_best(plan: Plan) -> None:
             f"checkpoint.keep_best = {config.checkpoint.keep_best} needs evaluations during training, but eval.every = 0. Set "
             "eval.every to a number of steps."
         )
-    step = scoring.scoring_step(config, plan.model, plan.generator)
+    step = scoring.scoring_step(config, plan.model, plan.second)
     sums, outputs = jax.eval_shape(step, plan.abstract.params, plan.batch_shapes, jax.eval_shape(lambda: jax.random.key(0)))
     measured = [] if outputs is None else task_metrics.numbers_of(plan.format.metrics)
     choose([*sums, *measured], config.checkpoint.best, "The metric checkpoint.best =")

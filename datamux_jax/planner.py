@@ -18,6 +18,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from datamux_jax import flops, inference, predict, scoring, sharding
+from datamux_jax.build import count_params
 from datamux_jax.config import validate
 from datamux_jax.data.corpus import CORPORA
 from datamux_jax.data.formats import Format
@@ -122,7 +123,7 @@ def _key_shape() -> Any:
 
 def _evaluation(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
     batch = {name: shape for name, shape in plan.shapes_of(_eval_groups(plan)).items() if name != "teacher"}
-    return scoring.scoring_step(plan.config, plan.model, plan.generator), (plan.abstract.params, batch, _key_shape())
+    return scoring.scoring_step(plan.config, plan.model, plan.second), (plan.abstract.params, batch, _key_shape())
 
 
 def _prediction(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
@@ -287,7 +288,7 @@ def _about(plan: Plan, topology: Topology | None, step: str) -> dict[str, Any]:
         "instances": STEPS[step].groups(plan) * plan.config.num_instances,
         "capacity": topology.chip.memory if topology else None,
         "positions": plan.format.length,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params)),
+        "parameters": count_params(plan.abstract.params),
     }
 
 

@@ -119,7 +119,9 @@ def _notes(contents: dict[str, Any], groups: int) -> list[str]:
         why = "they lie beyond the length, or the tokenizer leaves nothing of them"
         notes.append(f"Counted as wrong, since {why}: {' or '.join(f'{count:,}' for count in cut)} words.")
     if any("state_loss" in score for score in scores.values()):
-        notes.append("States: share of the variance of the teacher's last hidden states that is guessed right (1 is all).")
+        notes.append(
+            "States: one minus the mean squared error of guessing the teacher's last hidden states, of variance 1 each."
+        )
     if any("retrieval_accuracy" in score for score in scores.values()):
         notes.append(
             "Token retrieval: share of the input tokens (all instances, without [CLS] and padding) read back from the mixed state."

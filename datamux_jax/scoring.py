@@ -41,15 +41,25 @@ class Scored:
     slots: np.ndarray | None
 
 
-def scoring_step(config: Any, model: Network, generator: MultiplexedTransformer | None, *, logits: bool = False) -> Step:
+def scoring_step(config: Any, model: Network, second: MultiplexedTransformer | None, *, logits: bool = False) -> Step:
     """The jitted function `(params, batch, key) -> (sums, outputs)` of what `config` trains for; `loss` is always among the sums.
 
-    Pre-training is scored as it is trained, on what `key` draws, and has no outputs; everything else is scored on every token and draws
-    nothing. With `logits`, for ensembles, the task alone is scored, and the outputs of tagging are logits `[B, N, L, C]`, not tags.
+    Pre-training is scored as it is trained, on what `key` draws, and has no outputs; everything else, retrieval beside the learning of
+    states too, is scored on every token and draws nothing. With `logits`, for ensembles, the task alone is scored, and the outputs of
+    tagging are logits `[B, N, L, C]`, not tags.
     """
     if config.objective in ("mlm", "electra", "states"):
-        objective = OBJECTIVES[config.objective](model, config, generator)
-        return jax.jit(lambda params, batch, key: (objective(params, batch, {"corruption": key}, False)[1], None))
+        objective = OBJECTIVES[config.objective](model, config, second)
+
+        def pretraining(params: Any, batch: Any, key: jax.Array) -> Any:
+            sums = objective(params, batch, {"corruption": key}, False)[1]
+            if config.objective == "states" and "retrieval_loss" in sums:
+                h = call(model, params, "encode", batch["inputs"], batch["mask"])
+                assert isinstance(model, MultiplexedTransformer), "validate() refuses others"
+                sums |= losses.every_retrieval(model, params, h, batch)
+            return sums, None
+
+        return jax.jit(pretraining)
     retrieve = config.objective == "retrieval" or (config.retrieval_loss_coeff > 0 and not logits)
 
     def step(params: Any, batch: Any, key: jax.Array) -> Any:

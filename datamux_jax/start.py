@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,14 @@ RESUMABLE = (
 
 
 def check(plan: Plan, run: Path) -> None:
-    """Checks, before anything is written, the run named by `resume` or `init_from`.
+    """Checks, before anything is written, the run named by `resume` or `init_from`; of a teacher see `check_teacher`.
 
     Raises:
       InputError: it is missing, or does not fit.
     """
     config, abstract = plan.config, plan.abstract
-    more = f" or of a published network, or {', '.join(packaged.PACKAGES)}"
-    teaching = config.distill.teacher if config.objective == "states" else ""
-    for key, name, names, others in (
-        ("resume", config.resume, (), ""),
-        ("init_from", config.init_from, packaged.PACKAGES, more),
-        ("distill.teacher", teaching, packaged.PACKAGES, more),
-    ):
-        if name and name not in names and not workdir.find(name, run).exists():
-            raise InputError(
-                f"{key} = {name!r} exists neither in the new run's folder, {run}, nor in the current one. Name the folder of a "
-                f"run{others}."
-            )
+    for key, names in (("resume", ()), ("init_from", packaged.PACKAGES)):
+        _check_there(key, config[key], names, run)
     if config.resume:
         source = workdir.find(config.resume, run)
         check_resumable(config, source, abstract)
@@ -64,12 +54,32 @@ def check(plan: Plan, run: Path) -> None:
         try:
             match(source, abstract.params)
         except InputError as error:
-            shapes = ("num_instances", "model.", "mux.", "demux.")
+            shapes = ("num_instances", "data.length", "model.", "mux.", "demux.")
             different = [text for key, text in _changed(config, source).items() if key.startswith(shapes)]
             raise InputError(f"{error} They differ in: {'; '.join(different)}." if different else str(error)) from error
         check_same_function(config, source)
-    if teaching and not config.resume:
-        teacher.check(plan, starting_run(teaching, config, run))
+
+
+def check_teacher(plan: Plan, run: Path) -> None:
+    """Checks, before anything is written, the network whose states are learned, if any; what resumes has one in its checkpoint.
+
+    Raises:
+      InputError: it is missing, or does not fit.
+    """
+    config = plan.config
+    if config.objective == "states" and not config.resume:
+        _check_there("distill.teacher", config.distill.teacher, packaged.PACKAGES, run)
+        teacher.check(plan, starting_run(config.distill.teacher, config, run))
+
+
+def _check_there(key: str, name: str, packages: Collection[str], run: Path) -> None:
+    """Raises InputError if the config value `key` = `name` is set, and neither a folder nor one of the packages."""
+    if name and name not in packages and not workdir.find(name, run).exists():
+        others = f" or of a published network, or {', '.join(packages)}" if packages else ""
+        raise InputError(
+            f"{key} = {name!r} exists neither in the new run's folder, {run}, nor in the current one. Name the folder of a "
+            f"run{others}."
+        )
 
 
 def check_data(plan: Plan, run: Path) -> None:

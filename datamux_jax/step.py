@@ -36,14 +36,14 @@ def state_maker(
     fmt: Format,
     model: Network,
     tx: Any,
-    generator: MultiplexedTransformer | None = None,
+    second: MultiplexedTransformer | None = None,
 ) -> Callable[[jax.Array], Any]:
     """A function from a random key to a fresh state, boxed with logical axes; for `eval_shape` and for `jit`."""
     shape = (1, config.num_instances, *fmt.input_shape)
 
     def make(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
-        params = init_params(model, init_key, shape, fmt.input_dtype, generator)
+        params = init_params(model, init_key, shape, fmt.input_dtype, second)
         return TrainState(jnp.zeros((), "int32"), params, tx.init(params), run_key)
 
     return make

@@ -27,24 +27,15 @@ def check(plan: Plan, teacher: Path) -> None:
     Raises:
       InputError: it is multiplexed, has other sizes, reads other tokens, or has no checkpoint.
     """
-    config, name = plan.config, f"distill.teacher = {plan.config.distill.teacher!r}"
+    config, name = plan.config, _name(plan.config)
     theirs = workdir.load_config(teacher)
     if theirs.runs:
         raise InputError(
             f"{name} is an experiment of several runs. Name a plain one of them: "
             f"{', '.join(str(teacher / run) for run in theirs.runs)}."
         )
-    if theirs.num_instances != 1:
-        raise InputError(
-            f"{name} mixes {theirs.num_instances} instances, but states are learned from a plain network, which reads each by itself. "
-            "Name a run with num_instances = 1, or an encoder."
-        )
-    different = [
-        f"{key} = {there!r} there, {here!r} here"
-        for key in SAME
-        for there, here in ((_get(theirs, key), _get(config, key)),)
-        if there != here
-    ]
+    check_config(config, theirs)
+    different = []
     found, ours = leaves.shapes(teacher), leaves.flat(plan.abstract.params["teacher"])
     different += [
         f"{path} is {found.get(path, 'not')} there and {tuple(leaf.shape)} here"
@@ -54,14 +45,40 @@ def check(plan: Plan, teacher: Path) -> None:
     # A bigger network would have layers that nothing here learns.
     different += [f"{path} is not here" for path in found if path.startswith("backbone/") and path not in ours]
     if different:
+        index = (
+            " demux.name = 'index' has tokens and positions of its own; use 'rsa' or 'mlp'."
+            if config.demux.name == "index"
+            else ""
+        )
         raise InputError(
             f"{name} is another network than the one that is to learn its states: {few(different)}. Name one of the same sizes, such "
-            "as the encoder that the run starts from."
+            f"as the encoder that the run starts from.{index}"
         )
-    if Format.load(teacher).tokenizer != plan.format.tokenizer:
+    tokenizer = Format.load(teacher).tokenizer
+    if tokenizer is None:
+        raise InputError(
+            f"{name} has no tokenizer beside its weights, so nobody knows which tokens it reads. Put its tokenizer.json or "
+            "vocab.txt there."
+        )
+    if tokenizer != plan.format.tokenizer:
         raise InputError(
             f"{name} has another tokenizer than data.tokenizer = {config.data.tokenizer!r}, so its states are of other tokens. Set "
             "data.tokenizer to the teacher's folder."
+        )
+
+
+def check_config(config: Any, theirs: Any) -> None:
+    """Raises InputError if the config `theirs` is not that of a plain network of the same kind as that of `config`."""
+    if theirs.num_instances != 1:
+        raise InputError(
+            f"{_name(config)} mixes {theirs.num_instances} instances, but states are learned from a plain network, which reads each by "
+            "itself. Name a run with num_instances = 1, or an encoder."
+        )
+    ours, there = (workdir.flatten(workdir.plain(one)) for one in (config, theirs))
+    if different := [f"{key} = {there[key]!r} there, {ours[key]!r} here" for key in SAME if there[key] != ours[key]]:
+        raise InputError(
+            f"{_name(config)} is another network than the one that is to learn its states: {'; '.join(different)}. Set these keys as "
+            "they are there."
         )
 
 
@@ -81,7 +98,5 @@ def load(teacher: Path, params: Any) -> Any:
     return leaves.nested(leaves.restored(teacher, leaves.flat(params)))
 
 
-def _get(config: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        config = config[part]
-    return config
+def _name(config: Any) -> str:
+    return f"distill.teacher = {config.distill.teacher!r}"

@@ -46,6 +46,7 @@ def train(config: Any, run: Path, *, label: str = "train", profile: tuple[int, i
     done = distributed.from_primary(lambda: saved.newest_step(run))
     if done is None:
         distributed.on_primary(lambda: start.check(plan, run))
+        distributed.on_primary(lambda: start.check_teacher(plan, run))
         distributed.on_primary(lambda: distill.check(plan, run))
     with contextlib.ExitStack() as stack:
         distributed.on_primary(lambda: stack.enter_context(_claimed(plan, run, done)))
@@ -118,7 +119,7 @@ class _Loop:
         self._step: CompiledStep | None = None
         self._work: dict[int, Work] = {}  # By length of rows.
         self._tracing = False
-        self._scoring = scoring.scoring_step(config, plan.model, plan.generator)
+        self._scoring = scoring.scoring_step(config, plan.model, plan.second)
 
     def run(self, label: str) -> None:
         """Trains to the end, or until a signal comes.

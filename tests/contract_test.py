@@ -59,6 +59,7 @@ def make(mux, demux, family, objective, dtype="float32"):
         model__init_stddev=0.3,
         model__type_vocab_size=FAMILIES[family].type_vocab_size,
         model__tied_decoder=FAMILIES[family].tied_decoder,
+        model__num_layers=2 if objective == "states" else 1,
         objective=objective,
         retrieval_loss_coeff=0.1,
         mask_rate=0.5,

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from configs import common, states
-from datamux_jax import leaves, losses, workdir
-from datamux_jax.build import build, build_second
+from datamux_jax import experiment, flops, leaves, losses, optimizer, workdir
+from datamux_jax.analysis.readings import READINGS
+from datamux_jax.build import build, build_second, count_params
 from datamux_jax.config import validate
 from datamux_jax.errors import InputError
 from datamux_jax.families import SpecialTokens
@@ -82,7 +83,7 @@ def test_the_loss_is_the_squared_error_of_the_plain_networks_states(batch, demux
 
 
 def test_layers_below_are_read_at_some_positions_of_every_row(batch):
-    """The same positions give the same error as reading all of them there; with one instance all positions are read."""
+    """The same positions give the same error as reading all of them there."""
     _, model, second, params = make()
     h = call(model, params, "encode_layers", batch["inputs"], batch["mask"])
     alone = [batch[name].reshape(B * N, 1, L) for name in ("inputs", "mask")]
@@ -97,7 +98,7 @@ def test_layers_below_are_read_at_some_positions_of_every_row(batch):
     np.testing.assert_allclose((total, count), ((read * weighed).sum(), weighed.sum()), rtol=1e-5)
 
 
-def test_a_layer_of_one_has_nothing_below_it(batch):
+def test_one_layer_has_nothing_below_it(batch):
     config, model, second, params = make(model__num_layers=1)
     _, sums = OBJECTIVES["states"](model, config, second)(params, batch, RNGS, True)
     assert "state_loss" in sums
@@ -209,14 +210,82 @@ def test_feature_inputs_have_no_states_to_learn():
 
 
 def test_the_config_of_the_warm_up(plain):
-    c = states.get_config(f"init={plain},files=texts,n=1+3,steps=50")
-    assert c.runs == ("n1", "n3")
+    c = states.get_config(f"init={plain},files=texts,n=2+3,steps=50,dropout=0.2")
+    assert c.runs == ("n2", "n3")
+    assert (c.model.dropout_rate, c.model.attention_dropout_rate) == (0.2, 0.2)
     assert (c.objective, c.distill.teacher, c.steps, c.optimizer.warmup_steps) == ("states", str(plain), 50, 5)
     assert c.overrides.n3.mux.name == "binary_hadamard"
     assert c.overrides.n3.init_from == str(plain)
 
 
-@pytest.mark.parametrize("arg", ["files=x", "files=x,init={mixed}"])
-def test_the_warm_up_wants_a_plain_encoder(arg, text_run):
-    with pytest.raises(InputError, match=r"is no plain encoder"):
-        states.get_config(arg.format(mixed=text_run) + ",n=2")
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("files=x,n=2", r"is no plain encoder"),
+        ("files=x,init={mixed},n=2", r"is no plain encoder"),
+        ("files=x,init={mixed}", r"mixes 2 instances.*or a plain network"),
+        ("files=x,init={plain},n=1+2", r"n=1 is the plain network, whose states are learned"),
+    ],
+)
+def test_the_warm_up_wants_a_plain_encoder(arg, message, plain, text_run):
+    with pytest.raises(InputError, match=message):
+        states.get_config(arg.format(mixed=text_run, plain=plain))
+
+
+def test_a_resumed_run_needs_no_teacher_and_others_do(plain, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(plain, teacher)
+    config = learning(teacher, init_from=str(teacher), optimizer__schedule="constant")
+    train(config, tmp_path / "first")
+    shutil.rmtree(teacher)
+    longer = learning(teacher, resume=str(tmp_path / "first"), optimizer__schedule="constant", steps=8)
+    train(longer, tmp_path / "second")
+    ours, theirs = (leaves.flat(params_of(tmp_path / name)) for name in ("first", "second"))
+    assert all(np.array_equal(ours[path], theirs[path]) for path in ours if path.startswith("teacher/"))
+    with pytest.raises(InputError, match=r"distill.teacher = .* exists neither"):
+        train(learning(teacher), tmp_path / "third")
+
+
+def test_a_run_of_the_same_experiment_teaches(tmp_path):
+    config = text_config(1, model__num_layers=2, steps=2)
+    mixed = {**common.instances(N), "objective": "states", "distill": {"teacher": "../n1"}, "init_from": "../n1"}
+    common.set_runs(config, {"n1": {}, "n2": mixed})
+    scores = experiment.run(config, tmp_path / "two")["scores"]
+    assert scores["n2"]["state_loss"] > 0
+    config = text_config(1, model__num_layers=2)
+    common.set_runs(config, {"n1": {"num_instances": 2, **common.instances(2)}, "n2": mixed})
+    with pytest.raises(InputError, match=r"distill.teacher = '../n1' mixes 2 instances"):
+        experiment.run(config, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_teacher_counts_once_and_not_as_a_parameter():
+    """Its forward pass costs as much as the network's without mixing; a backward pass it has not."""
+    plan = prepare(learning(retrieval_loss_coeff=0.0))
+    forward = flops.matmul_flops(
+        lambda params, batch: plan.objective(params, batch, {"corruption": jax.random.key(0)}, False),
+        *(plan.abstract.params, plan.batch_shapes),
+    )
+    teacher = flops.matmul_flops(
+        lambda params, batch: plan.second.apply(
+            {"params": params["teacher"]}, batch["inputs"].reshape(-1, 1, 12), batch["mask"].reshape(-1, 1, 12), method="encode"
+        ),
+        *(plan.abstract.params, plan.batch_shapes),
+    )
+    assert plan.model_flops() == 3 * (forward - teacher) + teacher
+    assert 0 < teacher < forward / 2
+    whole = sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params))
+    assert count_params(plan.abstract.params) == whole - sum(
+        leaf.size for leaf in jax.tree.leaves(plan.abstract.params["teacher"])
+    )
+
+
+def test_biases_of_the_heads_take_no_decay():
+    params = prepare(learning()).abstract.params
+    assert optimizer.decayed(params)["state_heads"] == {
+        "inner_bias": False, "inner_kernel": True, "last": {"bias": False, "kernel": True},
+    }  # fmt: skip
+
+
+def test_every_objective_can_be_looked_into():
+    assert READINGS.keys() == OBJECTIVES.keys()

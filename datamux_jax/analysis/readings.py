@@ -79,6 +79,7 @@ READINGS: dict[str, tuple[Callable[..., Reading], str]] = {
     "regression": (sequence_reading, "number"),
     "tagging": (tag_reading, "tag of a word"),
     "retrieval": (token_reading, "token read back"),
+    "states": (token_reading, "token read back"),
     "mlm": (token_reading, "token read back, nothing being masked"),
     "electra": (replaced_reading, "token said to be original, as all of them are here"),
 }

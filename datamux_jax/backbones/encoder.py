@@ -46,10 +46,12 @@ class Encoder(nn.Module):
 
     def every_layer(self, x_BxLxE: Array, mask: Array | None = None, train: bool = False) -> Array:
         """As a call, but the outputs of all layers, `[layers, B, L, D]`; the last one is what a call gives."""
-        return jnp.stack(self._run(x_BxLxE, mask, train, keep=True)[1])
+        every = self._run(x_BxLxE, mask, train, keep=True)[1]
+        assert every is not None
+        return every
 
-    def _run(self, x_BxLxE: Array, mask: Array | None, train: bool, keep: bool = False) -> tuple[Array, Any]:
-        """The last layer's output, and with `keep` those of all layers."""
+    def _run(self, x_BxLxE: Array, mask: Array | None, train: bool, keep: bool = False) -> tuple[Array, Array | None]:
+        """The last layer's output `[B, L, D]`, and with `keep` those of all layers, `[layers, B, L, D]`."""
         spec = self.spec
         h = x_BxLxE if spec.width == spec.hidden_size else self.project(x_BxLxE)
         keys = [None] * spec.num_layers
@@ -60,7 +62,7 @@ class Encoder(nn.Module):
             for layer, key in zip(self.layers, keys, strict=True):
                 h = layer(h, mask, key)
                 kept.append(h)
-            return h, kept
+            return h, jnp.stack(kept) if keep else None
         block = Block(spec, parent=None)
 
         def apply(h: Array, layer: tuple[Any, Array | None]) -> tuple[Array, Array | None]:
@@ -78,4 +80,4 @@ class Encoder(nn.Module):
         for pair in layers:
             h, _ = apply(h, pair)
             kept.append(h)
-        return h, kept
+        return h, jnp.stack(kept) if keep else None
