@@ -19,8 +19,8 @@ retrieval. Scored is the development set, with the metrics that GLUE reports. Ar
     groups=         mixed rows a step
     length=         tokens of a row
     buckets=        texts of similar length are trained on together, in shorter rows
-    rate=           learning rate; the warm-up by hidden states has one of its own, 1e-3,
-    dropout=        of activations and of attention; and no dropout
+    rate=           learning rate; 0: 1e-4, and for N > 1 with init 2e-4. The warm-up by hidden states has one of its own, 1e-3,
+    dropout=        and no dropout. Of activations and of attention; -1: 0.1, and for N > 1 with init 0
     pool=           what the classifier reads, a value of model.pool; by default demuxed_mean with init, mean from scratch
     distill=        share of the task loss that the outputs of the run n1 give instead of the labels (datamux_jax/distill.py); 0: none
 

@@ -6,6 +6,8 @@ from datamux_jax.errors import InputError
 # What mixes and unmixes in networks that start from an encoder, and what is classified in those that start from anything
 # (docs/tasks.md).
 MUX, DEMUX, POOL = "binary_hadamard", "mlp", "demuxed_mean"
+RATE, DROPOUT = 1e-4, 0.1
+MIXED_RATE, MIXED_DROPOUT = 2e-4, 0.0  # Of networks that mix and start from something (docs/tasks.md).
 ARGUMENTS = {
     "n": (1, 2, 5),
     "init": "",
@@ -15,8 +17,8 @@ ARGUMENTS = {
     "steps": 3000,
     "groups": 32,
     "length": 128,
-    "rate": 1e-4,
-    "dropout": 0.1,
+    "rate": 0.0,
+    "dropout": -1.0,
     "pool": "",
     "buckets": True,
     "distill": 0.0,
@@ -52,13 +54,13 @@ def base(text: str | None, /, **defaults):
                 f"init={arg.init} mixes in its own way, so {name}={arg[name]} has no place. Leave it out, or start from a plain "
                 "encoder."
             )
-    c.model.dropout_rate = c.model.attention_dropout_rate = arg.dropout
+    c.model.dropout_rate = c.model.attention_dropout_rate = DROPOUT if arg.dropout == -1 else arg.dropout
     c.model.pool = arg.pool or (POOL if arg.init else "mean")
     c.data.tokenizer = arg.tokenizer or arg.init or "bytes"
     c.data.length = arg.length
     c.data.buckets = arg.buckets
     c.batch_groups = arg.groups
-    c.optimizer.learning_rate = arg.rate
+    c.optimizer.learning_rate = arg.rate or RATE
     c.eval.split = "validation"
     return c, arg
 
@@ -87,7 +89,7 @@ def stages(c, arg, objective: str) -> None:
         )
     runs = {}
     for n in sorted(arg.n, key=lambda n: n != 1) if arg.distill else arg.n:
-        start = mixed(n, arg) | arg.start.to_dict()
+        start = merged(mixed(n, arg), usual(n, arg), arg.start.to_dict())
         if n > 1 and arg.warmup:
             warm_up = learning_states(arg.init) if arg.states and from_encoder(arg) else {"objective": "retrieval"}
             runs[f"n{n}-warmup"] = merged(start, stage(arg.warmup), warm_up)
@@ -108,8 +110,19 @@ def mixed(n: int, arg) -> dict:
     """The keys of a network of `n` instances, with the multiplexer and demultiplexer asked for."""
     keys = common.instances(n)
     if n > 1:
-        usual = (MUX, DEMUX) if from_encoder(arg) else (keys["mux"]["name"], keys["demux"]["name"])
-        keys |= {"mux": {"name": arg.mux or usual[0]}, "demux": {"name": arg.demux or usual[1]}}
+        mux, demux = (MUX, DEMUX) if from_encoder(arg) else (keys["mux"]["name"], keys["demux"]["name"])
+        keys |= {"mux": {"name": arg.mux or mux}, "demux": {"name": arg.demux or demux}}
+    return keys
+
+
+def usual(n: int, arg) -> dict:
+    """The learning rate and the dropout of a network of `n` instances where the arguments leave them open and the base has others."""
+    keys: dict = {}
+    if n > 1 and arg.init:
+        if not arg.rate:
+            keys["optimizer"] = {"learning_rate": MIXED_RATE}
+        if arg.dropout == -1:
+            keys["model"] = {"dropout_rate": MIXED_DROPOUT, "attention_dropout_rate": MIXED_DROPOUT}
     return keys
 
 

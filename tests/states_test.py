@@ -148,6 +148,7 @@ def test_a_run_keeps_its_teacher_and_goes_on_without_it(plain, tmp_path):
     assert all(np.isfinite([line["state_loss"], line["layer_loss"], line["retrieval_loss"]]).all() for line in found)
 
 
+@pytest.mark.slow
 def test_states_are_learned(plain, tmp_path):
     config = learning(plain, init_from=str(plain), steps=60, batch_groups=16, optimizer__learning_rate=1e-2, log_every=10)
     train(config, tmp_path / "run")
@@ -260,7 +261,7 @@ def test_a_run_of_the_same_experiment_teaches(tmp_path):
 
 
 def test_the_teacher_counts_once_and_not_as_a_parameter():
-    """Its forward pass costs as much as the network's without mixing; a backward pass it has not."""
+    """It has a forward pass, of every instance, and no backward pass."""
     plan = prepare(learning(retrieval_loss_coeff=0.0))
     forward = flops.matmul_flops(
         lambda params, batch: plan.objective(params, batch, {"corruption": jax.random.key(0)}, False),
@@ -273,7 +274,7 @@ def test_the_teacher_counts_once_and_not_as_a_parameter():
         *(plan.abstract.params, plan.batch_shapes),
     )
     assert plan.model_flops() == 3 * (forward - teacher) + teacher
-    assert 0 < teacher < forward / 2
+    assert 0 < teacher < forward
     whole = sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params))
     assert count_params(plan.abstract.params) == whole - sum(
         leaf.size for leaf in jax.tree.leaves(plan.abstract.params["teacher"])

@@ -108,6 +108,13 @@ def test_a_plain_encoder_teaches_its_states_in_the_first_stage(tmp_path):
         "random_ortho",
         "mlp",
     )
+    assert (task.optimizer.learning_rate, task.model.dropout_rate) == (2e-4, 0.0)
+    plain = runs_of(glue.get_config(f"rte,n=1,init={tmp_path}"))["n1"]
+    assert (plain.optimizer.learning_rate, plain.model.dropout_rate, plain.model.attention_dropout_rate) == (1e-4, 0.1, 0.1)
+    scratch = runs_of(glue.get_config("rte,n=2"))["n2"]
+    assert (scratch.optimizer.learning_rate, scratch.model.dropout_rate) == (1e-4, 0.1)
+    own = runs_of(glue.get_config(f"rte,n=2,init={tmp_path},rate=3e-5,dropout=0.2"))["n2"]
+    assert (own.optimizer.learning_rate, own.model.dropout_rate) == (3e-5, 0.2)
     without = runs_of(glue.get_config(f"rte,n=2,init={tmp_path},states=false"))["n2-warmup"]
     assert (without.objective, without.distill.teacher) == ("retrieval", "")
 
