@@ -107,12 +107,12 @@ def curves(runs: Path) -> pyplot.Figure:
                     sum(loss for _, loss in points[max(0, i + 1 - SMOOTHED) : i + 1]) / min(i + 1, SMOOTHED)
                     for i in range(len(points))
                 ]
-                label = f"N = {n}" + ("" if n == 1 else f", warm-up: {warm_up}")
-                panel.plot([step for step, _ in points], means, style, color=f"C{color}", label=label)
+                label = f"N = {n}" + ("" if n == 1 else f", {warm_up}")
+                panel.plot([step for step, _ in points], means, "-" if n == 1 else style, color=f"C{color}", label=label)
         panel.set(title=title.partition(",")[0], xlabel="step", ylabel="training loss of the task", ylim=(0, None))
         panel.grid(alpha=0.3)
     handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
