@@ -158,6 +158,8 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
     experiment.run(two_stages(), tmp_path / "watched")
     # Traced, not run: what pre-training reads, it reads then.
     assert prepare(text_config(objective="electra", generator__kind="plain"), tmp_path / "pre-trained").model_flops() > 0
+    learning = text_config(objective="states", distill__teacher="nobody", model__num_layers=2)
+    assert prepare(learning, tmp_path / "learning").model_flops() > 0
     train(text_config(distill__teacher=str(tmp_path / "watched/n2"), steps=2), tmp_path / "taught")
     (tmp_path / "book.txt").write_text(
         "\n\n".join(f"The {number}th paragraph of a book, which is short." for number in range(400))
