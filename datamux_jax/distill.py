@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from datamux_jax import distributed, losses, saved, scoring, sharding, workdir
+from datamux_jax import distributed, leaves, losses, saved, scoring, sharding, workdir
 from datamux_jax.data import cache, pipeline
 from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError
@@ -47,15 +47,10 @@ def check(plan: Plan, run: Path) -> None:
             f"distill.teacher = {config.distill.teacher!r} exists neither in the new run's folder, {run}, nor in the current one. Name "
             "the folder of a run that was trained on the same task, or leave it empty."
         )
-    theirs = workdir.load_config(path)
-    if theirs.runs:
-        raise InputError(
-            f"distill.teacher = {config.distill.teacher!r} is an experiment of several runs. Name one of them: "
-            f"{', '.join(str(path / name) for name in theirs.runs)}."
-        )
+    theirs = workdir.load_single(path, f"distill.teacher = {config.distill.teacher!r}")
     check_task(config, theirs)
     _check_format(config, theirs, plan.format, Format.load(path))
-    if not any(name.startswith("classifier/") for name in saved.shapes(saved.record(path, theirs), "params")):
+    if not any(name.startswith("classifier/") for name in leaves.shapes(path)):
         raise InputError(
             f"distill.teacher = {config.distill.teacher!r} has no task head. Name a run that was trained on the task."
         )

@@ -12,7 +12,6 @@ import jax
 from datamux_jax import checkpoint, optimizer, sharding, workdir
 from datamux_jax.build import build_second
 from datamux_jax.data.formats import Format
-from datamux_jax.errors import InputError
 from datamux_jax.model import Network
 from datamux_jax.plan import build_model
 from datamux_jax.step import placed, state_maker
@@ -38,11 +37,7 @@ def load_run(path: str | Path) -> Run:
       InputError: the folder is not a run, holds an experiment of several runs, or has no checkpoint yet.
     """
     path = Path(path)
-    config = workdir.load_config(path)
-    if config.runs:
-        raise InputError(
-            f"{path} is an experiment of several runs. Name one of them: {', '.join(str(path / name) for name in config.runs)}."
-        )
+    config = workdir.load_single(path, str(path))
     fmt = Format.load(path)
     model = build_model(config, fmt)
     # The mesh of the machine that uses a run need not be the one that trained it.

@@ -14,11 +14,8 @@ from datamux_jax.data.formats import Format
 from datamux_jax.errors import InputError, few
 from datamux_jax.plan import Plan
 
-SAME = (
-    "model.family",
-    "model.layer_norm_eps",
-    "model.num_heads",
-)  # Parameters of equal shapes mean something else where these differ.
+# Parameters of equal shapes mean something else where these differ.
+SAME = ("model.family", "model.layer_norm_eps", "model.num_heads")
 
 
 def check(plan: Plan, teacher: Path) -> None:
@@ -28,16 +25,9 @@ def check(plan: Plan, teacher: Path) -> None:
       InputError: it is multiplexed, has other sizes, reads other tokens, or has no checkpoint.
     """
     config, name = plan.config, _name(plan.config)
-    theirs = workdir.load_config(teacher)
-    if theirs.runs:
-        raise InputError(
-            f"{name} is an experiment of several runs. Name a plain one of them: "
-            f"{', '.join(str(teacher / run) for run in theirs.runs)}."
-        )
-    check_config(config, theirs)
-    different = []
+    check_config(config, workdir.load_single(teacher, name))
     found, ours = leaves.shapes(teacher), leaves.flat(plan.abstract.params["teacher"])
-    different += [
+    different = [
         f"{path} is {found.get(path, 'not')} there and {tuple(leaf.shape)} here"
         for path, leaf in ours.items()
         if found.get(path) != tuple(leaf.shape)

@@ -76,6 +76,24 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def load_single(run: Path, name: str) -> ml_collections.ConfigDict:
+    """The config of a run that is none of several.
+
+    Args:
+      run: its folder.
+      name: what an error calls it.
+
+    Raises:
+      InputError: the folder is no run, or an experiment of several.
+    """
+    config = load_config(run)
+    if config.runs:
+        raise InputError(
+            f"{name} is an experiment of several runs. Name one of them: {', '.join(str(run / one) for one in config.runs)}."
+        )
+    return config
+
+
 def load_config(run: Path) -> ml_collections.ConfigDict:
     """The config saved in `run`.
 

@@ -122,12 +122,8 @@ def test_no_gradient_reaches_the_teacher(batch):
     config, model, second, params = make()
     grads = jax.grad(lambda p: OBJECTIVES["states"](model, config, second)(p, batch, RNGS, True)[0])(params)
     silent = {path.split("/")[0] for path, grad in leaves.flat(grads).items() if not np.any(grad)}
-    assert silent == {
-        "teacher",
-        "mux",
-        "demux",
-        "decoder",
-    }  # Of demux and decoder what retrieval reads, which has no weight here.
+    # Of demux and decoder what retrieval reads, which has no weight here.
+    assert silent == {"teacher", "mux", "demux", "decoder"}
     assert all(np.any(grad) for path, grad in leaves.flat(grads).items() if path.startswith(("backbone/", "state_heads/")))
 
 
@@ -187,15 +183,15 @@ def test_bad_configs_are_refused(changes, message):
 
 
 def test_teachers_that_do_not_fit_are_refused_before_anything_is_written(plain, text_run, tmp_path):
-    experiment = tmp_path / "several"
-    experiment.mkdir()
+    folder = tmp_path / "several"
+    folder.mkdir()
     several = common.get_config()
     common.set_runs(several, {"n1": common.instances(1), "n2": common.instances(2)})
-    workdir.write_json(experiment / workdir.CONFIG, json.loads(several.to_json()))
+    workdir.write_json(folder / workdir.CONFIG, json.loads(several.to_json()))
     refused = {
         r"exists neither in the new run's folder": learning(tmp_path / "nowhere"),
         r"mixes 2 instances, but states are learned from a plain network": learning(text_run, model__num_layers=1),
-        r"is an experiment of several runs.*several/n1": learning(experiment),
+        r"is an experiment of several runs.*several/n1": learning(folder),
         r"is another network.*backbone/layers_1/\S+ is not here": learning(plain, model__num_layers=1),
         r"is another network.*backbone/layers_2/\S+ is not there and": learning(plain, model__num_layers=3),
         r"model.num_heads = 2 there, 4 here": learning(plain, model__num_heads=4),
