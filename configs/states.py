@@ -34,7 +34,7 @@ def get_config(arg=None):
     if 1 in arg.n:
         raise InputError("n=1 is the plain network, whose states are learned here. Give numbers of instances above 1.")
     c.title = "Hidden states of a plain encoder, read out of mixed rows"
-    c.model.pool = tasks.POOL
+    c.model.pool = tasks.ARGUMENTS["pool"]
     c.mux.attend_padding = False  # As in tasks, which start from what is learned here.
     c.optimizer.update_rule, c.optimizer.schedule, c.optimizer.weight_decay = "adamw", "cosine", 0.01
     c.optimizer.warmup_steps = min(100, arg.steps // 10)

@@ -3,9 +3,7 @@
 from configs import common, models, pretraining, starting
 from datamux_jax.errors import InputError
 
-# What mixes and unmixes in networks that start from an encoder, and what is classified in those that start from anything
-# (docs/tasks.md).
-MUX, DEMUX, POOL = "binary_hadamard", "mlp", "demuxed_mean"
+MUX, DEMUX = "binary_hadamard", "mlp"  # Of networks that start from an encoder (docs/tasks.md).
 RATE, DROPOUT = 1e-4, 0.1
 MIXED_RATE, MIXED_DROPOUT = 2e-4, 0.0  # Of networks that mix and start from something (docs/tasks.md).
 ARGUMENTS = {
@@ -19,7 +17,7 @@ ARGUMENTS = {
     "length": 128,
     "rate": 0.0,
     "dropout": -1.0,
-    "pool": "",
+    "pool": "mean",
     "buckets": True,
     "distill": 0.0,
     "states": True,
@@ -55,7 +53,7 @@ def base(text: str | None, /, **defaults):
                 "encoder."
             )
     c.model.dropout_rate = c.model.attention_dropout_rate = DROPOUT if arg.dropout == -1 else arg.dropout
-    c.model.pool = arg.pool or (POOL if arg.init else "mean")
+    c.model.pool = arg.pool
     c.data.tokenizer = arg.tokenizer or arg.init or "bytes"
     c.data.length = arg.length
     c.data.buckets = arg.buckets

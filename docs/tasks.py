@@ -24,7 +24,13 @@ TASKS = {
 }
 COUNTS = (1, 2, 5, 10)
 # Ending of a run's name -> its warm-up, and how it is drawn.
-KINDS = {"": ("none", "tab:blue", ":"), "-warm": ("retrieval", "tab:orange", "--"), "-states": ("states", "tab:green", "-")}
+KINDS = {
+    "": ("none", "tab:blue", ":"),
+    "-warm": ("retrieval", "tab:orange", "--"),
+    "-states": ("states", "tab:green", "-"),
+    "-own": ("states, own texts", "tab:red", "-."),
+}
+LONG = "-long"  # Ending of runs of more steps, after states.
 SMOOTHED = 5  # Logged lines that a point of a curve is the mean of.
 
 
@@ -57,6 +63,18 @@ def table(runs: Path, task: str) -> str:
                 often = scores(runs, task, n, kind, ensemble=5)
                 rows.append([str(n), "" if n == 1 else KINDS[kind][0], *line(one, metric), line(often, metric)[0]])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def longer(runs: Path, task: str) -> str:
+    """The table of the runs with more steps beside those with the usual number, N by N; "" where there are none."""
+    title, metric = TASKS[task]
+    rows = [["N", "steps", title, "its slots", "token retrieval", "fed 5 times"], ["-"] * 6]
+    for n in COUNTS:
+        for kind in ("" if n == 1 else "-states", LONG):
+            one, often = scores(runs, task, n, kind), scores(runs, task, n, kind, ensemble=5)
+            if one is not None and scores(runs, task, n, LONG) is not None:
+                rows.append([str(n), f"{one['step']:,}", *line(one, metric), line(often, metric)[0]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if rows[2:] else ""
 
 
 def draw(runs: Path) -> pyplot.Figure:
@@ -120,6 +138,9 @@ def main() -> None:
     runs = Path(sys.argv[1])
     for task in TASKS:
         print(table(runs, task), end="\n\n")
+    for task in TASKS:
+        if more := longer(runs, task):
+            print(more, end="\n\n")
     images = Path(__file__).parent / "images"
     draw(runs).savefig(images / "tasks.png", dpi=90, facecolor="white")
     curves(runs).savefig(images / "tasks-curves.png", dpi=90, facecolor="white")

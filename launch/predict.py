@@ -5,9 +5,10 @@
 
 Input: TSV, CSV, JSON lines, Parquet or lines of text of any size, or - for standard input. Output: one row for each row of the
 input, in the same order, with its number, prediction, whether the text was longer than the model reads, and what is wrong with the
-row. A row that is wrong does not stop the others. Interrupted, the same command goes on where it was, and the file becomes the same,
-byte for byte. Given again after that, it says that the file is complete, or refuses if the input is another one by now. A tagger reads
-lists of words (JSON lines, Parquet) or words between spaces, and gives every word its tag.
+row. A row that is wrong does not stop the others; if all of them are, the command ends with an error. Interrupted, the same
+command goes on where it was, and the file becomes the same, byte for byte. Given again after that, it says that the file is
+complete, or refuses if the input is another one by now. A tagger reads lists of words (JSON lines, Parquet) or words between
+spaces, and gives every word its tag.
 
 The last line says how many rows were read, predicted, cut, and damaged in which way; OUTPUT.state.json has the same numbers, as
 `counts`.
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from datamux_jax.data.tables import Table
     from datamux_jax.inference import Inference
     from datamux_jax.stream import Features, Fields
+    from datamux_jax.tally import Tally
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of a trained run, or of an export (launch.convert --to_stablehlo).")
 INPUT = flags.DEFINE_string("input", "", "Table or text file; a .npy array [n, length, features]; - for standard input.")
@@ -68,7 +70,9 @@ def open_rows(inference: Inference, fields: Fields) -> Table | Features:
     kind = FORMAT.value or ("text" if INPUT.value == "-" else "")
     source = sys.stdin.buffer if INPUT.value == "-" else INPUT.value
     optional = (fields.id, fields.label)
-    return Table(source, fields.kinds(inference), file_format=kind, header=HEADER.value, optional=optional)
+    named_by = {flag.value: f"--{flag.name}" for flag in (TEXT, TEXT_PAIR, ID, LABEL)}
+    kinds = fields.kinds(inference)
+    return Table(source, kinds, file_format=kind, header=HEADER.value, optional=optional, named_by=named_by)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -87,6 +91,7 @@ def main(argv: Sequence[str]) -> None:
         output_files.check_output(output)
         if done := output_files.complete(output, asked(), identity(Path(WORKDIR.value)), source):
             print(f"{output} is complete: {done}")
+            check_any(done)
             return
     from datamux_jax import stream
 
@@ -107,14 +112,29 @@ def main(argv: Sequence[str]) -> None:
         if output is None:
             tally = stream.predict_rows(inference, rows, output_files.Stream(sys.stdout.buffer, columns, "tsv"), fields, **how)
             print(tally, file=sys.stderr)  # Standard output has the rows alone.
+            check_any(tally)
             return
         settings = asked() | {"model": inference.identity, "window": inference.window}
         with output_files.OutputFile(output, columns, settings, source) as sink:
             if sink.finished:
                 stream.check_finished(rows, sink)
                 print(f"{output} is complete: {sink.tally}")
+                check_any(sink.tally)
                 return
-            print(f"{output}: {stream.predict_rows(inference, rows, sink, fields, **how)}")
+            tally = stream.predict_rows(inference, rows, sink, fields, **how)
+            print(f"{output}: {tally}")
+            check_any(tally)
+
+
+def check_any(tally: Tally) -> None:
+    """Raises InputError if there were rows, and all were damaged: what calls this command is not to take that for success."""
+    from datamux_jax.errors import InputError
+
+    if tally.rows and not tally.scored:
+        raise InputError(
+            f"None of the {tally.rows:,} rows of --input={INPUT.value} could be predicted. The column 'error' says why of each: "
+            "correct the rows, or the flags that say how they are read (--format, --header, --text)."
+        )
 
 
 def asked() -> dict[str, Any]:

@@ -126,6 +126,27 @@ def test_predict_reads_lines_and_never_overwrites(text_run, tmp_path):
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize("to_file", [True, False])
+def test_a_prediction_of_damaged_rows_alone_is_no_success(text_run, tmp_path, to_file):
+    source, output = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    source.write_text("key\tsentence\na\t\nb\t\n")
+    flags = [f"--workdir={text_run}", f"--input={source}", "--text=sentence"] + [f"--output={output}"] * to_file
+    for _ in range(2):
+        done = run("predict", *flags)
+        assert done.returncode == 2, done.stderr
+        assert f"error: None of the 2 rows of --input={source} could be predicted" in done.stderr
+        written = output.read_text() if to_file else done.stdout
+        assert written.splitlines()[1:] == [f"{row}\t\t\t\thas no text in the column 'sentence'" for row in (1, 2)]
+
+
+def test_a_column_that_is_not_there_is_named_by_its_flag(text_run, tmp_path):
+    source = tmp_path / "in.tsv"
+    source.write_text("sentence\nguten Morgen\n")
+    assert_refused(
+        run("predict", f"--workdir={text_run}", f"--input={source}"), "Name one of them with --text, as the file writes it"
+    )
+
+
 def test_a_complete_output_looks_at_its_input_again(text_run, tmp_path):
     workdir = shutil.copytree(text_run, tmp_path / "run")
     source, output = tmp_path / "in.txt", tmp_path / "out.tsv"

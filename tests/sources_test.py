@@ -257,7 +257,7 @@ def test_rows_are_held_out_where_no_file_is_named(tmp_path):
         ({"train_file": "none.tsv"}, r"data.train_file = 'none.tsv' is no file"),
         ({"label": ""}, r"data.label = '' names no column"),
         ({"text": ""}, r"data.text = '' names no column"),
-        ({"text": "x"}, r"a.tsv has no column 'x'. Its columns are: t, y"),
+        ({"text": "x"}, r"a.tsv has no column 'x'. Its columns are: t, y. Name one of them with data.text, "),
         ({"text_pair": "t"}, r"name one column twice"),
         ({"numbers": True}, r"a.tsv, line 2: the label 'yes' is no number"),
         ({"validation_file": "b.tsv"}, r"b.tsv, line 3: the label 'maybe' is none of the training file's: no, yes"),

@@ -87,7 +87,7 @@ def test_the_first_stage_starts_from_an_encoder_with_its_sizes_and_tokenizer(tmp
     assert [run.init_from for run in runs.values()] == [str(tmp_path), str(tmp_path), "../n2-warmup"]
     model = runs["n2"].model
     assert (model.hidden_size, model.num_heads, model.mlp_dim, model.layer_norm_eps) == (24, 3, 40, 1e-12)
-    assert (model.dropout_rate, model.pool, runs["n2"].data.tokenizer) == (0.0, "demuxed_mean", str(tmp_path))
+    assert (model.dropout_rate, model.pool, runs["n2"].data.tokenizer) == (0.0, "mean", str(tmp_path))
     assert runs_of(glue.get_config(f"rte,n=1,init={tmp_path},tokenizer=bytes"))["n1"].data.tokenizer == "bytes"
 
 

@@ -44,6 +44,7 @@ class Table:
       file_format: key of `FORMATS`; "": by the ending of the path.
       header: TSV and CSV: the first row names the columns.
       optional: of `columns`, those that the first rows of JSON lines may all be without.
+      named_by: column -> the flag or config key that names it, for errors.
 
     Attributes:
       names: all columns; of JSON lines, those of the first rows.
@@ -61,6 +62,7 @@ class Table:
         file_format: str = "",
         header: bool = True,
         optional: Collection[str] = (),
+        named_by: Mapping[str, str] = {},
     ) -> None:
         self._own = isinstance(source, str | Path)
         self.name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "the stream"))
@@ -75,7 +77,7 @@ class Table:
             self.size = os.fstat(self._handle.fileno()).st_size if self._own else 0
             self._format = FORMATS[kind](self._handle, self.name, header)
             self.names = self._format.names
-            self._check(optional)
+            self._check(optional, named_by)
         except BaseException:
             self.close()
             raise
@@ -122,7 +124,7 @@ class Table:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _check(self, optional: Collection[str]) -> None:
+    def _check(self, optional: Collection[str], named_by: Mapping[str, str]) -> None:
         for column in self._kinds:
             found = self.names.count(column)
             # What the first rows do not have, later ones may: only of a column that every row needs is it an error.
@@ -131,7 +133,8 @@ class Table:
                 problem = f"has {found} columns named" if found else "has no column"
                 raise InputError(
                     f"{self.name} {problem} {column!r}. Its columns are: {', '.join(self.names) or 'none, it is empty'}. Name one of "
-                    "them, as the file writes it"
+                    + (f"them with {named_by[column]}" if column in named_by else "them")
+                    + ", as the file writes it"
                     + (", or change the file." if found else "; without a header, a column is named by its number.")
                 )
 

@@ -92,7 +92,8 @@ def _rows(path: Path, data: Any) -> list[Labelled]:
             f"data.text = {data.text!r}, data.text_pair = {data.text_pair!r} and data.label = {data.label!r} name one column "
             "twice. Name different ones."
         )
-    with Table(path, columns, file_format=data.format, header=data.header) as table:
+    keys = {data[key]: f"data.{key}" for key in ("text", "text_pair", "label")}
+    with Table(path, columns, file_format=data.format, header=data.header, named_by=keys) as table:
         return [
             Labelled(tuple(row.values[column] for column in texts), row.values[data.label], path, row.line)
             for row in table.good()
