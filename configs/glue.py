@@ -21,7 +21,7 @@ retrieval. Scored is the development set, with the metrics that GLUE reports. Ar
     buckets=        texts of similar length are trained on together, in shorter rows
     rate=           learning rate; 0: 1e-4, and for N > 1 with init 2e-4. The warm-up by hidden states has one of its own, 1e-3,
     dropout=        and no dropout. Of activations and of attention; -1: 0.1, and for N > 1 with init 0
-    pool=           what the classifier reads, a value of model.pool; by default mean; demuxed_mean costs a tenth of the speed
+    pool=           what the classifier reads, a value of model.pool; by default mean; demuxed_mean takes longer (docs/tasks.md)
     distill=        share of the task loss that the outputs of the run n1 give instead of the labels (datamux_jax/distill.py); 0: none
 
 MNLI is scored on the matched part; --config.eval.split=validation_mismatched scores the other one.

@@ -23,13 +23,16 @@ TASKS = {
     "stsb": ("STS-B, Spearman x 100", "spearman"),
 }
 COUNTS = (1, 2, 5, 10)
-# Ending of a run's name -> its warm-up, and how it is drawn.
+# Ending of a run's name -> its warm-up, and how it is drawn; "": not at all.
 KINDS = {
     "": ("none", "tab:blue", ":"),
     "-warm": ("retrieval", "tab:orange", "--"),
     "-states": ("states", "tab:green", "-"),
-    "-own": ("states, own texts", "tab:red", "-."),
+    "-mean": ("states, pool=mean", "", ""),
+    "-own": ("states, own texts", "", ""),
+    "-own-mean": ("states, own texts, pool=mean", "", ""),
 }
+DRAWN = {kind: how for kind, how in KINDS.items() if how[1]}
 LONG = "-long"  # Ending of runs of more steps, after states.
 SMOOTHED = 5  # Logged lines that a point of a curve is the mean of.
 
@@ -82,7 +85,7 @@ def draw(runs: Path) -> pyplot.Figure:
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(16, 3.6), layout="constrained")
     for panel, (task, (title, metric)) in zip(panels, TASKS.items(), strict=True):
         plain = scores(runs, task, 1, "")
-        for kind, (warm_up, color, _) in KINDS.items():
+        for kind, (warm_up, color, _) in DRAWN.items():
             label = f"warm-up: {warm_up}"
             found = [(n, one) for n in COUNTS[1:] if (one := scores(runs, task, n, kind))]
             points = [(1, plain)] * (plain is not None) + found
@@ -116,7 +119,7 @@ def curves(runs: Path) -> pyplot.Figure:
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(16, 3.6), layout="constrained")
     for panel, (task, (title, _)) in zip(panels, TASKS.items(), strict=True):
         for color, n in enumerate(COUNTS):
-            for kind, (warm_up, _, style) in KINDS.items():
+            for kind, (warm_up, _, style) in DRAWN.items():
                 logged = metrics_log.read_lines(runs / f"{task}-n{n}{kind}" / f"n{n}")
                 points = [(one["step"], one["task_loss"]) for one in logged if "task_loss" in one]
                 if not points:

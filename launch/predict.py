@@ -133,7 +133,7 @@ def check_any(tally: Tally) -> None:
     if tally.rows and not tally.scored:
         raise InputError(
             f"None of the {tally.rows:,} rows of --input={INPUT.value} could be predicted. The column 'error' says why of each: "
-            "correct the rows, or the flags that say how they are read (--format, --header, --text)."
+            "correct the rows, or the flags that say how they are read, and give another --output."
         )
 
 

@@ -89,6 +89,8 @@ def test_the_first_stage_starts_from_an_encoder_with_its_sizes_and_tokenizer(tmp
     assert (model.hidden_size, model.num_heads, model.mlp_dim, model.layer_norm_eps) == (24, 3, 40, 1e-12)
     assert (model.dropout_rate, model.pool, runs["n2"].data.tokenizer) == (0.0, "mean", str(tmp_path))
     assert runs_of(glue.get_config(f"rte,n=1,init={tmp_path},tokenizer=bytes"))["n1"].data.tokenizer == "bytes"
+    pooled = runs_of(glue.get_config(f"rte,n=2,init={tmp_path},pool=demuxed_mean"))
+    assert [run.model.pool for run in pooled.values()] == ["demuxed_mean"] * 2
 
 
 def test_a_plain_encoder_teaches_its_states_in_the_first_stage(tmp_path):
