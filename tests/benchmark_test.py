@@ -354,7 +354,7 @@ def test_a_contender_learns(kind):
     (one,) = contenders.entries([kind], config, "train")
     other, _ = benchmark_run.built(one, dataclasses.replace(SETTINGS, step="train"))
     step = other.timed(4).calls["device"]
-    losses = [step() for _ in range(20)]
+    losses = [step() for _ in range(40)]  # Of 20, one run in a few ends above the half: torch draws dropout without a seed.
     assert losses[-1] < 0.5 * losses[0]
 
 
