@@ -23,16 +23,16 @@ TASKS = {
     "stsb": ("STS-B, Spearman x 100", "spearman"),
 }
 COUNTS = (1, 2, 5, 10)
-# Ending of a run's name -> its warm-up, and how it is drawn; "": not at all.
+# Ending of a run's name -> its warm-up.
 KINDS = {
-    "": ("none", "tab:blue", ":"),
-    "-warm": ("retrieval", "tab:orange", "--"),
-    "-states": ("states", "tab:green", "-"),
-    "-mean": ("states, pool=mean", "", ""),
-    "-own": ("states, own texts", "", ""),
-    "-own-mean": ("states, own texts, pool=mean", "", ""),
+    "": "none",
+    "-warm": "retrieval",
+    "-states": "states",
+    "-mean": "states, pool=mean",
+    "-own": "states, own texts",
+    "-own-mean": "states, own texts, pool=mean",
 }
-DRAWN = {kind: how for kind, how in KINDS.items() if how[1]}
+DRAWN = {"": ("tab:blue", ":"), "-warm": ("tab:orange", "--"), "-states": ("tab:green", "-")}  # Those in the pictures: how.
 LONG = "-long"  # Ending of runs of more steps, after states.
 SMOOTHED = 5  # Logged lines that a point of a curve is the mean of.
 
@@ -57,27 +57,26 @@ def line(one: dict[str, Any] | None, metric: str) -> list[str]:
 
 def table(runs: Path, task: str) -> str:
     """The table of a task."""
-    title, metric = TASKS[task]
-    rows = [["N", "warm-up", title, "its slots", "token retrieval", "fed 5 times"], ["-"] * 6]
-    for n in COUNTS:
-        for kind in KINDS:
-            one = scores(runs, task, n, kind)
-            if one is not None:
-                often = scores(runs, task, n, kind, ensemble=5)
-                rows.append([str(n), "" if n == 1 else KINDS[kind][0], *line(one, metric), line(often, metric)[0]])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    shown = [(n, kind, "" if n == 1 else warm_up) for n in COUNTS for kind, warm_up in KINDS.items()]
+    return _table(runs, task, "warm-up", [one for one in shown if scores(runs, task, *one[:2])])
 
 
 def longer(runs: Path, task: str) -> str:
     """The table of the runs with more steps beside those with the usual number, N by N; "" where there are none."""
+    counts = [n for n in COUNTS if scores(runs, task, n, LONG)]
+    found = [(n, kind, scores(runs, task, n, kind)) for n in counts for kind in ("" if n == 1 else "-states", LONG)]
+    shown = [(n, kind, f"{one['step']:,}") for n, kind, one in found if one]
+    return _table(runs, task, "steps", shown) if shown else ""
+
+
+def _table(runs: Path, task: str, column: str, shown: list[tuple[int, str, str]]) -> str:
+    """A row for each N, ending of a run's name, and text of `column`."""
     title, metric = TASKS[task]
-    rows = [["N", "steps", title, "its slots", "token retrieval", "fed 5 times"], ["-"] * 6]
-    for n in COUNTS:
-        for kind in ("" if n == 1 else "-states", LONG):
-            one, often = scores(runs, task, n, kind), scores(runs, task, n, kind, ensemble=5)
-            if one is not None and scores(runs, task, n, LONG) is not None:
-                rows.append([str(n), f"{one['step']:,}", *line(one, metric), line(often, metric)[0]])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if rows[2:] else ""
+    rows = [["N", column, title, "its slots", "token retrieval", "fed 5 times"], ["-"] * 6]
+    for n, kind, text in shown:
+        one, often = (scores(runs, task, n, kind, ensemble) for ensemble in (1, 5))
+        rows.append([str(n), text, *line(one, metric), line(often, metric)[0]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def draw(runs: Path) -> pyplot.Figure:
@@ -85,8 +84,8 @@ def draw(runs: Path) -> pyplot.Figure:
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(16, 3.6), layout="constrained")
     for panel, (task, (title, metric)) in zip(panels, TASKS.items(), strict=True):
         plain = scores(runs, task, 1, "")
-        for kind, (warm_up, color, _) in DRAWN.items():
-            label = f"warm-up: {warm_up}"
+        for kind, (color, _) in DRAWN.items():
+            label = f"warm-up: {KINDS[kind]}"
             found = [(n, one) for n in COUNTS[1:] if (one := scores(runs, task, n, kind))]
             points = [(1, plain)] * (plain is not None) + found
             if found:
@@ -119,7 +118,7 @@ def curves(runs: Path) -> pyplot.Figure:
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(16, 3.6), layout="constrained")
     for panel, (task, (title, _)) in zip(panels, TASKS.items(), strict=True):
         for color, n in enumerate(COUNTS):
-            for kind, (warm_up, _, style) in DRAWN.items():
+            for kind, (_, style) in DRAWN.items():
                 logged = metrics_log.read_lines(runs / f"{task}-n{n}{kind}" / f"n{n}")
                 points = [(one["step"], one["task_loss"]) for one in logged if "task_loss" in one]
                 if not points:
@@ -128,7 +127,7 @@ def curves(runs: Path) -> pyplot.Figure:
                     sum(loss for _, loss in points[max(0, i + 1 - SMOOTHED) : i + 1]) / min(i + 1, SMOOTHED)
                     for i in range(len(points))
                 ]
-                label = f"N = {n}" + ("" if n == 1 else f", {warm_up}")
+                label = f"N = {n}" + ("" if n == 1 else f", {KINDS[kind]}")
                 panel.plot([step for step, _ in points], means, "-" if n == 1 else style, color=f"C{color}", label=label)
         panel.set(title=title.partition(",")[0], xlabel="step", ylabel="training loss of the task", ylim=(0, None))
         panel.grid(alpha=0.3)

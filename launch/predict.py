@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 
@@ -90,8 +90,7 @@ def main(argv: Sequence[str]) -> None:
     if output:
         output_files.check_output(output)
         if done := output_files.complete(output, asked(), identity(Path(WORKDIR.value)), source):
-            print(f"{output} is complete: {done}")
-            check_any(done)
+            end(done, f"{output} is complete: ")
             return
     from datamux_jax import stream
 
@@ -111,25 +110,26 @@ def main(argv: Sequence[str]) -> None:
     with open_rows(inference, fields) as rows:
         if output is None:
             tally = stream.predict_rows(inference, rows, output_files.Stream(sys.stdout.buffer, columns, "tsv"), fields, **how)
-            print(tally, file=sys.stderr)  # Standard output has the rows alone.
-            check_any(tally)
+            end(tally, file=sys.stderr)  # Standard output has the rows alone.
             return
         settings = asked() | {"model": inference.identity, "window": inference.window}
         with output_files.OutputFile(output, columns, settings, source) as sink:
             if sink.finished:
                 stream.check_finished(rows, sink)
-                print(f"{output} is complete: {sink.tally}")
-                check_any(sink.tally)
+                end(sink.tally, f"{output} is complete: ")
                 return
-            tally = stream.predict_rows(inference, rows, sink, fields, **how)
-            print(f"{output}: {tally}")
-            check_any(tally)
+            end(stream.predict_rows(inference, rows, sink, fields, **how), f"{output}: ")
 
 
-def check_any(tally: Tally) -> None:
-    """Raises InputError if there were rows, and all were damaged: what calls this command is not to take that for success."""
+def end(tally: Tally, before: str = "", file: TextIO | None = None) -> None:
+    """Prints the last line: `before`, then the numbers of rows.
+
+    Raises:
+      InputError: there were rows, and all were damaged: what calls this command is not to take that for success.
+    """
     from datamux_jax.errors import InputError
 
+    print(f"{before}{tally}", file=file)
     if tally.rows and not tally.scored:
         raise InputError(
             f"None of the {tally.rows:,} rows of --input={INPUT.value} could be predicted. The column 'error' says why of each: "
