@@ -51,9 +51,8 @@ def cross_entropy(
 
     def piece(params: Any, states: Array, target: Array, keys: Array | None) -> tuple[Array, Array, Array]:
         logits = call(model, params, "decode", states)
-        best = logits.argmax(-1)
-        token = best if keys is None else corruption.sample_tokens(keys, logits)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, target), best == target, token
+        token = logits.argmax(-1) if keys is None else corruption.sample_tokens(keys, logits)
+        return *jax.lax.platform_dependent(logits, target, cpu=scored, default=scored_at_once), token
 
     groups, positions = target_BxP.shape
     size = piece_size(model, groups, positions)
@@ -66,3 +65,42 @@ def cross_entropy(
     again = jax.checkpoint(piece, prevent_cse=False)
     _, outputs = jax.lax.scan(lambda carry, at: (carry, again(params, *jax.tree.map(lambda x: x[:, at], arrays))), None, index)
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(groups, -1)[:, :positions], outputs)
+
+
+def scored(logits: Array, target: Array) -> tuple[Array, Array]:
+    """Cross-entropy `[...]` of logits `[..., V]`, and whether the likeliest token is the target."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, target), logits.argmax(-1) == target
+
+
+@jax.custom_vjp
+def scored_at_once(logits: Array, target: Array) -> tuple[Array, Array]:
+    """As `scored`, in one pass over the logits after that for their maximum: for what is bound by memory, not by operations."""
+    return _scored_forward(logits, target)[0]
+
+
+def _scored_forward(logits: Array, target: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    last = logits.ndim - 1
+    token = jax.lax.broadcasted_iota(target.dtype, logits.shape, last)
+    own = jnp.take_along_axis(logits, target[..., None], axis=-1)
+    # Of equal logits the first one is the likeliest, as of `argmax`.
+    ahead = (logits > own) | ((logits == own) & (token < target[..., None]))
+    largest = logits.max(-1, keepdims=True)
+    zero = jnp.zeros((), logits.dtype)
+    total, better = jax.lax.reduce(
+        (jnp.exp(logits - largest), ahead.astype(logits.dtype)),
+        (zero, zero),
+        lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])),
+        (last,),
+    )
+    log_total = jnp.log(total)[..., None] + largest
+    return ((log_total - own)[..., 0], better == 0), (logits, target, log_total)
+
+
+def _scored_backward(saved: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, None]:
+    logits, target, log_total = saved
+    token = jax.lax.broadcasted_iota(target.dtype, logits.shape, logits.ndim - 1)
+    found = jnp.exp(logits - log_total) - (token == target[..., None])
+    return found * gradients[0][..., None], None
+
+
+scored_at_once.defvjp(_scored_forward, _scored_backward)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from datamux_jax import heads
+from datamux_jax import heads, layers
 from datamux_jax.backbones.encoder import REMAT, Encoder
 from datamux_jax.layers import Attention, Block, Embeddings, Spec, masked_mean
 
@@ -119,13 +120,45 @@ def test_scanning_and_rematerialising_change_no_number(x, scan, remat):
     assert ("remat" in jaxpr or "checkpoint" in jaxpr) == (remat != "none")
 
 
-def test_the_bias_of_a_vocabulary_has_the_gradient_of_a_sum():
-    x, bias = jax.random.normal(jax.random.key(0), (3, 4, 5)), jnp.arange(5.0)
+@pytest.mark.parametrize("gradients", [heads.own_product, heads.one_product])
+def test_the_scores_of_a_vocabulary_have_the_gradient_of_a_product_and_a_sum(gradients):
+    x, table = jax.random.normal(jax.random.key(0), (3, 4, 5)), jax.random.normal(jax.random.key(1), (7, 5))
+    bias = jnp.arange(7.0)
 
-    def loss(add, x, bias):
-        return jnp.sin(add(x, bias)).sum()
+    def loss(scores, *args):
+        return jnp.sin(scores(*args)).sum()
 
-    for found, expected in zip(
-        jax.grad(loss, (1, 2))(heads.with_bias, x, bias), jax.grad(loss, (1, 2))(jnp.add, x, bias), strict=True
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    expected = jax.grad(loss, (1, 2, 3))(lambda x, table, bias: x @ table.T + bias, x, table, bias)
+    for one, other in zip(jax.grad(loss, (1, 2, 3))(heads.scores, x, table, bias), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients(x, jnp.cos(x @ table.T + bias)), expected[1:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_large_batches_attend_group_by_group(monkeypatch):
+    """On one device: on several, a loop over groups would gather them."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (3, 6, 2, 4)) for i in range(3))
+    padded = jnp.arange(6) < jnp.array([[6], [4], [0]])
+    for mask in (None, padded[:, None, None], padded[:1, None, None], jnp.tril(jnp.ones((6, 6), bool))[None, None]):
+
+        def loss(attend, q, k, v, mask=mask):
+            return jnp.sin(attend(q, k, v, mask)).sum()
+
+        expected = jax.value_and_grad(loss, (1, 2, 3))(
+            lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m), q, k, v
+        )
+        for size, devices in ((layers.CACHED_SCORES, 1), (100, 1), (100, 8)):
+            monkeypatch.setattr(layers, "CACHED_SCORES", size)
+            monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+            chex.assert_trees_all_close(jax.value_and_grad(loss, (1, 2, 3))(layers.heads_first, q, k, v), expected, atol=1e-5)
+            program = str(jax.make_jaxpr(lambda *a, mask=mask: layers.heads_first(*a, mask))(q, k, v))
+            assert ("scan[" in program) == ((size, devices) == (100, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_is_the_exact_one(dtype):
+    x = jnp.linspace(-8, 8, 2001).astype(dtype)
+    exact = np.asarray(x, np.float64) * scipy.stats.norm.cdf(np.asarray(x, np.float64))
+    found = layers.gelu(x)
+    assert found.dtype == x.dtype
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=0 if dtype == "float32" else 2**-8, atol=1e-6)

@@ -3,6 +3,7 @@
 import json
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,6 +254,24 @@ def test_pieces_are_rounded_so_that_logits_and_gradient_keep_the_bound(bound, si
     _, model, _ = make(objective="mlm")
     mib = bound * B * V * 4 * 2 / 2**20
     assert vocabulary.piece_size(model.clone(parent=None, logits_mib=mib), B, 5) == size
+
+
+def test_scoring_in_one_pass_changes_no_number():
+    """Of equal logits the first is the likeliest, both ways."""
+    logits = jnp.round(4 * jax.random.normal(jax.random.key(0), (6, 40, 9))) / 2  # Rounded: many are equal.
+    target = jax.random.randint(jax.random.key(1), (6, 40), 0, 9)
+
+    def loss(score, logits):
+        found, right = score(logits, target)
+        return jnp.sin(found).sum(), (found, right)
+
+    one, other = (
+        jax.jit(jax.value_and_grad(lambda logits, score=score: loss(score, logits), has_aux=True))(logits)
+        for score in (vocabulary.scored, vocabulary.scored_at_once)
+    )
+    chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
+    right, tied = one[0][1][1], (logits == logits.max(-1, keepdims=True)).sum(-1) > 1
+    assert 0 < (right & tied).sum() < tied.sum(), "nothing is tied"
 
 
 def test_training_holds_no_more_for_the_vocabulary_than_the_bound():
