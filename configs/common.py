@@ -46,6 +46,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # MiB of vocabulary logits and their gradient, in float32, that a device holds at a time. More are computed in pieces, each of them
     # again for the backward pass.
     c.logits_mib = 2048
+    # "xla", or "cudnn": cuDNN's fused attention, which never writes the scores, on NVIDIA GPUs with dtype "bfloat16" and no dropout on
+    # attention weights.
+    c.attention = "xla"
     c.scan_layers = False  # Compile one encoder block instead of num_layers; costs a copy of the encoder's parameters a step.
     c.resume = ""  # Folder of a run whose whole state (optimizer and data position too) a new run continues.
     c.init_from = ""  # Folder of a run whose parameters a new run starts from; relative to the workdir first.

@@ -125,6 +125,7 @@ def spec_of(config: Any) -> Spec:
         dtype=config.dtype,
         remat=config.remat,
         scan=config.scan_layers,
+        attention=config.attention,
     )
 
 

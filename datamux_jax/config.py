@@ -12,6 +12,7 @@ from datamux_jax.backbones.vision import VISION
 from datamux_jax.demux import DEMUX, RSA_FORMS
 from datamux_jax.errors import InputError, choose
 from datamux_jax.families import FAMILIES
+from datamux_jax.layers import ATTENTION
 from datamux_jax.losses import CLASSIFICATION_LOSSES, TASK_LOSSES
 from datamux_jax.model import POOLS
 from datamux_jax.mux import MUX
@@ -50,6 +51,7 @@ def validate(config: Any) -> None:
         (REMAT, "remat"),
         (POOLS, "model.pool"),
         (DTYPES, "dtype"),
+        (ATTENTION, "attention"),
     ):
         choose(table, _get(config, key), f"The config value {key} =")
     plain = [key for key in ("mux", "demux") if config[key].name == "none"]
@@ -101,6 +103,8 @@ def validate(config: Any) -> None:
         )
     if config.objective in ("classification", "regression", "tagging") and not config.task_loss_coeff:
         raise InputError("task_loss_coeff = 0 leaves no task to learn. Use objective = 'retrieval' for the warm-up.")
+    if config.attention == "cudnn":
+        _cudnn(config)
     if config.objective == "states":
         _states(config)
     elif config.distill.teacher:
@@ -157,6 +161,27 @@ def _states(config: Any) -> None:
         raise InputError(
             "task_loss_coeff = 0 leaves objective = 'states' no states to learn. Use objective = 'retrieval', or set it above 0."
         )
+
+
+def _cudnn(config: Any) -> None:
+    """Checks a config with cuDNN's attention."""
+    if config.dtype != "bfloat16":
+        raise InputError(
+            f"attention = 'cudnn' computes in bfloat16, but dtype = {config.dtype!r}. Set dtype = 'bfloat16', or attention = 'xla'."
+        )
+    if config.model.attention_dropout_rate:
+        raise InputError(
+            "attention = 'cudnn' drops no attention weights, but model.attention_dropout_rate = "
+            f"{config.model.attention_dropout_rate}. Set it to 0, or attention = 'xla'."
+        )
+    generator = config.objective == "electra" and config.generator.kind != "uniform"
+    for section in ("model", "generator") if generator else ("model",):
+        width, heads = config[section].hidden_size, config[section].num_heads
+        if width // heads % 8 or width // heads > 128:
+            raise InputError(
+                f"attention = 'cudnn' takes heads of a multiple of 8 dimensions, 128 at most, but {section}.hidden_size = {width} and "
+                f"{section}.num_heads = {heads} make them {width // heads}. Change the number of heads, or use attention = 'xla'."
+            )
 
 
 POSITIVE = (

@@ -14,7 +14,9 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
 
+from datamux_jax.errors import InputError
 from datamux_jax.sharding import constrain
 
 Array = jax.Array
@@ -37,6 +39,7 @@ class Spec:
       dtype: of the computation; parameters are always float32.
       remat: what a block keeps for the backward pass, a key of `backbones.encoder.REMAT`.
       scan: compile one block and run it `num_layers` times; the parameters are the same.
+      attention: an entry of `ATTENTION`; with dropout on attention weights it is XLA's.
     """
 
     hidden_size: int
@@ -51,6 +54,7 @@ class Spec:
     dtype: str = "float32"
     remat: str = "none"
     scan: bool = False
+    attention: str = "xla"
 
     @property
     def width(self) -> int:
@@ -184,11 +188,20 @@ def by_heads(x: Array) -> Array:
     return jnp.swapaxes(constrain(jnp.swapaxes(x, -2, -1), "tensor"), -2, -1)
 
 
-def attend(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+# `cudnn` is cuDNN's fused attention on NVIDIA GPUs, which never writes the scores; elsewhere it is as `xla`.
+ATTENTION = ("xla", "cudnn")
+
+
+def on_cuda() -> bool:
+    """Whether JAX runs on NVIDIA GPUs here."""
+    return "cuda" in get_backend().platform_version
+
+
+def attend(q: Array, k: Array, v: Array, allowed: Array | None, attention: str = "xla") -> Array:
     """Softmax attention, `[B, L, heads, head_dim]`.
 
-    That of `jax.nn`, as XLA has it (on GPUs no kernel of cuDNN), but on CPUs, see `heads_first`. For a v5e the compiler reckons 6% more
-    for a training step with that order of axes.
+    That of `jax.nn`, but on CPUs, see `heads_first`. For a v5e the compiler reckons 6% more for a training step with that order of
+    axes.
 
     Args:
       q: queries, `[B, L, heads, head_dim]`.
@@ -196,12 +209,33 @@ def attend(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
       v: values, likewise.
       allowed: true where a key may be attended to, broadcast against `[B, heads, L, L]` (query, key); None: everywhere. Where nothing
         may, all weights are equal.
+      attention: an entry of `ATTENTION`. `cudnn` takes float16 and bfloat16 alone, and heads of a multiple of 8 dimensions, 128 at
+        most.
+
+    Raises:
+      InputError: `cudnn`, and rows of an odd number of positions under a mask.
     """
 
     def of_jax(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=allowed)
 
-    return cast(Array, jax.lax.platform_dependent(q, k, v, allowed, cpu=heads_first, default=of_jax))
+    kernels: dict[str, Callable[..., Array]] = {"cpu": heads_first}
+    if attention == "cudnn" and on_cuda():  # JAX looks for cuDNN when it traces this, whatever it is compiled for.
+        kernels["cuda"] = of_cudnn
+    return cast(Array, jax.lax.platform_dependent(q, k, v, allowed, default=of_jax, **kernels))
+
+
+def of_cudnn(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+    """Attention by cuDNN's fused kernel."""
+    length = q.shape[1]
+    if allowed is not None:
+        if length % 2:
+            raise InputError(
+                f"attention = 'cudnn' takes rows of an even number of positions, but these have {length} (prefix included). Make "
+                "data.length one longer or shorter, or use attention = 'xla'."
+            )
+        allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], length, length))  # It broadcasts over groups and heads alone.
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation="cudnn")
 
 
 CACHED_SCORES = 8 * 2**20  # Bytes. On CPUs larger scores of a batch are computed one group at a time: those stay in the caches.
@@ -290,7 +324,7 @@ class Attention(nn.Module):
                 dtype=q.dtype,
             )
         else:
-            y = attend(q, k, v, allowed)
+            y = attend(q, k, v, allowed, spec.attention)
             if self.is_mutable_collection("intermediates"):  # Somebody looks inside; `attend` returns no weights.
                 self.sow("intermediates", "weights", attention_weights(q, k, allowed))
         y = by_heads(y)

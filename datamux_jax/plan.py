@@ -21,6 +21,7 @@ from datamux_jax.config import validate
 from datamux_jax.data import buckets, pipeline
 from datamux_jax.data.formats import Arrays, Format
 from datamux_jax.errors import InputError, choose
+from datamux_jax.layers import on_cuda
 from datamux_jax.metrics_log import Work, check_boards
 from datamux_jax.model import MultiplexedTransformer, Network
 from datamux_jax.objectives import OBJECTIVES, Objective
@@ -187,6 +188,11 @@ def prepare(config: Any, run: Path | None = None) -> Plan:
     """
     validate(config)
     check_boards(config)
+    if config.attention == "cudnn" and not on_cuda():
+        raise InputError(
+            f"attention = 'cudnn' trains on NVIDIA GPUs, but JAX runs on {jax.default_backend()} here. Use attention = 'xla', or "
+            "install datamux_jax[cuda] on a machine that has one."
+        )
     mesh = sharding.make_mesh(config, config.batch_groups)
     fmt = pipeline.format_of(config, run)
     _check_data(config, fmt)

@@ -30,7 +30,10 @@ CONFIG = "config.json"
 LOCK = ".lock"
 TEMPORARY = ".tmp"
 # May differ between the saved and the given config: they change no number of the run.
-FREE_KEYS = ("log_every", "tensorboard", "wandb", "checkpoint.", "mesh.", "remat", "logits_mib", "scan_layers", "data.cache")
+FREE_KEYS = (
+    *("log_every", "tensorboard", "wandb", "checkpoint.", "data.cache"),
+    *("mesh.", "remat", "logits_mib", "scan_layers", "attention"),
+)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -202,11 +202,24 @@ def test_every_key_is_read_by_the_library(finished, tmp_path, monkeypatch):
         ({"retrieval_percentage": 1.5}, "is a share"),
         ({"dtype": "float16"}, "Choose one of: bfloat16, float32"),
         ({"task_loss_coeff": 0.0}, "no task to learn"),
+        ({"attention": "flash"}, "attention = 'flash' does not exist. Choose one of: cudnn, xla"),
+        ({"attention": "cudnn"}, "attention = 'cudnn' computes in bfloat16, but dtype = 'float32'"),
+        (
+            {"attention": "cudnn", "dtype": "bfloat16", "model__attention_dropout_rate": 0.1},
+            "attention_dropout_rate = 0.1. Set it",
+        ),
+        ({"attention": "cudnn", "dtype": "bfloat16", "model__num_heads": 4}, "model.num_heads = 4 make them 4"),
     ],
 )
 def test_wrong_values_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         validate(small_config(2, **changes))
+
+
+def test_without_a_gpu_nothing_is_trained_with_cudnn(tmp_path):
+    with pytest.raises(InputError, match="attention = 'cudnn' trains on NVIDIA GPUs, but JAX runs on cpu here"):
+        train(small_config(2, attention="cudnn", dtype="bfloat16"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_in_every_slot_scores_each_example_in_each(digits_run):

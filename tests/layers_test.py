@@ -1,6 +1,7 @@
 """Blocks: attention, embeddings, pooling."""
 
 import dataclasses
+import types
 
 import chex
 import flax.linen as nn
@@ -12,6 +13,7 @@ import scipy.stats
 
 from datamux_jax import heads, layers
 from datamux_jax.backbones.encoder import REMAT, Encoder
+from datamux_jax.errors import InputError
 from datamux_jax.layers import Attention, Block, Embeddings, Spec, masked_mean
 
 SPEC = Spec(hidden_size=8, num_layers=1, num_heads=2, mlp_dim=16, init_stddev=0.5)
@@ -162,3 +164,28 @@ def test_gelu_is_the_exact_one(dtype):
     found = layers.gelu(x)
     assert found.dtype == x.dtype
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=0 if dtype == "float32" else 2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_on_cuda_attention_becomes_cudnns(monkeypatch, masked):
+    """Lowered for a GPU, not run: what the compiler is given calls the fused kernel, forwards and backwards, and only there."""
+    q = jnp.ones((2, 6, 2, 8), jnp.bfloat16)
+    mask = jnp.ones((2, 1, 1, 6), bool) if masked else None
+    gradient = jax.grad(lambda q: layers.attend(q, q, q, mask, "cudnn").astype(jnp.float32).sum())
+    of_xla = gradient(q)
+
+    def lowered(platform):
+        return jax.jit(lambda q: gradient(q)).trace(q).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "__cudnn$fmha" not in lowered("cuda"), "JAX runs on CPUs here: cuDNN could not be asked"
+    monkeypatch.setattr(layers, "on_cuda", lambda: True)
+    installed = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", installed)
+    text = lowered("cuda")
+    assert "__cudnn$fmhaSoftmax" in text or "__cudnn$fmhaScaleBiasSoftmax" in text, text
+    assert "Backward" in text
+    assert "__cudnn$fmha" not in lowered("cpu") + lowered("tpu")
+    chex.assert_trees_all_equal(gradient(q), of_xla)
+    if masked:
+        with pytest.raises(InputError, match="rows of an even number of positions, but these have 5"):
+            jax.make_jaxpr(lambda q: layers.attend(q, q, q, mask[..., :5], "cudnn"))(q[:, :5])
