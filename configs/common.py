@@ -49,7 +49,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # "xla", or "cudnn": cuDNN's fused attention, which never writes the scores, on NVIDIA GPUs with dtype "bfloat16" and no dropout on
     # attention weights.
     c.attention = "xla"
-    c.scan_layers = False  # Compile one encoder block instead of num_layers; costs a copy of the encoder's parameters a step.
+    # Compile one encoder block instead of num_layers. Costs a copy of the encoder's parameters a step, and what a block keeps for the
+    # backward pass is written to memory: docs/plans.md has an example.
+    c.scan_layers = False
     c.resume = ""  # Folder of a run whose whole state (optimizer and data position too) a new run continues.
     c.init_from = ""  # Folder of a run whose parameters a new run starts from; relative to the workdir first.
     c.log_every = 50  # Steps between lines in metrics.jsonl.

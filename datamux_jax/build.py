@@ -125,7 +125,7 @@ def spec_of(config: Any) -> Spec:
         dtype=config.dtype,
         remat=config.remat,
         scan=config.scan_layers,
-        attention=config.attention,
+        attention=config.get("attention", "xla"),  # Older runs have none.
     )
 
 
@@ -161,6 +161,7 @@ def build_second(config: Any, model: Network) -> MultiplexedTransformer | None:
         num_heads=g.num_heads,
         mlp_dim=g.mlp_dim,
         embedding_size=g.embedding_size or model.spec.width,
+        attention="xla",  # A plain one is mapped over instances, which cuDNN's attention cannot be under a mask.
     )
     plain = g.kind == "plain"
     return model.clone(

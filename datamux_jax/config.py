@@ -174,14 +174,13 @@ def _cudnn(config: Any) -> None:
             "attention = 'cudnn' drops no attention weights, but model.attention_dropout_rate = "
             f"{config.model.attention_dropout_rate}. Set it to 0, or attention = 'xla'."
         )
-    generator = config.objective == "electra" and config.generator.kind != "uniform"
-    for section in ("model", "generator") if generator else ("model",):
-        width, heads = config[section].hidden_size, config[section].num_heads
-        if width // heads % 8 or width // heads > 128:
-            raise InputError(
-                f"attention = 'cudnn' takes heads of a multiple of 8 dimensions, 128 at most, but {section}.hidden_size = {width} and "
-                f"{section}.num_heads = {heads} make them {width // heads}. Change the number of heads, or use attention = 'xla'."
-            )
+    size = config.model.hidden_size // config.model.num_heads
+    if size % 8 or size > 128:
+        raise InputError(
+            "attention = 'cudnn' takes heads of a multiple of 8 dimensions, 128 at most, but model.hidden_size = "
+            f"{config.model.hidden_size} and model.num_heads = {config.model.num_heads} make them {size}. Change the number of heads, "
+            "or use attention = 'xla'."
+        )
 
 
 POSITIVE = (

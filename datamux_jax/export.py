@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from jax import export as jax_export
 
 from datamux_jax import exported, workdir
 from datamux_jax.errors import InputError, choose
+from datamux_jax.plan import build_model
 from datamux_jax.predict import Predictor, task_logits
-from datamux_jax.runs import load_run
+from datamux_jax.runs import Run, load_run
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -46,7 +48,7 @@ def export_run(run: Path, target: Path, platforms: Sequence[str] = ("cpu", "cuda
         raise InputError(
             f"--to_stablehlo={target} exists and is not an empty folder, so nothing is written there. Choose another one."
         )
-    predictor = Predictor(load_run(run))
+    predictor = Predictor(_of_xla(load_run(run)))
     params = traverse_util.flatten_dict(jax.device_get(predictor.run.params), sep="/")
     used = _used(predictor, params)
     # Published where complete: a folder that is half written never has the name asked for.
@@ -80,6 +82,15 @@ def export_run(run: Path, target: Path, platforms: Sequence[str] = ("cpu", "cuda
         f"{run} -> {target}: {predictor.objective}, N = {predictor.instances}, {size:,} parameters; rows of {lengths}; for "
         f"{', '.join(platforms)}."
     )
+
+
+def _of_xla(run: Run) -> Run:
+    """The run with XLA's attention: calls of cuDNN are neither portable nor meant to be kept."""
+    if run.config.get("attention", "xla") == "xla":
+        return run
+    config = run.config.copy_and_resolve_references()
+    config.attention = "xla"
+    return dataclasses.replace(run, config=config, model=build_model(config, run.format))
 
 
 def _program(

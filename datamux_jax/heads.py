@@ -141,8 +141,8 @@ def one_product(x: Array, gradient: Array) -> tuple[Array, Array]:
     ones = jnp.ones((*x.shape[:-1], 1), x.dtype)
     # To whole lanes, or the compiler turns the table over, and back.
     longer = jnp.concatenate([x, ones, jnp.zeros((*x.shape[:-1], LANES - 1), x.dtype)], axis=-1)
-    both = _over_rows(gradient.astype(x.dtype), longer, preferred_element_type=jnp.float32)
-    return both[:, :width].astype(x.dtype), both[:, width]
+    both = _over_rows(gradient.astype(x.dtype), longer)  # Devices sum it in this dtype, as the gradients of all other layers.
+    return both[:, :width], both[:, width].astype(gradient.dtype)
 
 
 class VocabularyHead(nn.Module):

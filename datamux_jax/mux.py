@@ -218,9 +218,10 @@ class RandomOrthoLowRank(RandomOrtho):
     matrices = staticmethod(low_rank_matrices)
 
 
-def mixing_block(mux: Multiplexer, **changes: Any) -> Block:
-    """A Transformer layer of the backbone's own kind, at the width of mixing; `changes` are attributes of `Spec`."""
-    spec = dataclasses.replace(mux.spec, hidden_size=mux.spec.width, **changes)
+def mixing_block(mux: Multiplexer) -> Block:
+    """A Transformer layer of the backbone's own kind, at the width of mixing."""
+    # Blocks are mapped over instances or positions, which cuDNN's attention cannot be under a mask.
+    spec = dataclasses.replace(mux.spec, hidden_size=mux.spec.width, attention="xla")
     if spec.hidden_size % spec.num_heads:
         raise InputError(
             f"This multiplexer runs attention at the embedding width {spec.hidden_size}, which model.num_heads = {spec.num_heads} does "
@@ -255,7 +256,7 @@ class Contextual(Multiplexer):
 
     def setup(self) -> None:
         self.over_positions = mixing_block(self)
-        self.over_instances = mixing_block(self, attention="xla")  # Rows of N positions: too short for a fused kernel.
+        self.over_instances = mixing_block(self)
         self.vectors = self.gaussians()
 
     def __call__(self, x_BxNxLxE: Array, mask_BxNxL: Array, train: bool = False) -> Array:

@@ -93,7 +93,8 @@ def _scored_forward(logits: Array, target: Array) -> tuple[tuple[Array, Array], 
         (last,),
     )
     log_total = jnp.log(total)[..., None] + largest
-    return ((log_total - own)[..., 0], better == 0), (logits, target, log_total)
+    right = (better == 0) & ~jnp.isnan(own[..., 0])  # Nothing is ahead of what is not a number.
+    return ((log_total - own)[..., 0], right), (logits, target, log_total)
 
 
 def _scored_backward(saved: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, None]:

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from datamux_jax import heads, layers
+from datamux_jax import heads, layers, sharding
 from datamux_jax.backbones.encoder import REMAT, Encoder
+from datamux_jax.data.pipeline import format_of
 from datamux_jax.errors import InputError
 from datamux_jax.layers import Attention, Block, Embeddings, Spec, masked_mean
+from datamux_jax.plan import assemble
+from tests.conftest import text_config
 
 SPEC = Spec(hidden_size=8, num_layers=1, num_heads=2, mlp_dim=16, init_stddev=0.5)
 
@@ -137,8 +140,7 @@ def test_the_scores_of_a_vocabulary_have_the_gradient_of_a_product_and_a_sum(gra
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_large_batches_attend_group_by_group(monkeypatch):
-    """On one device: on several, a loop over groups would gather them."""
+def test_attention_on_cpus_is_that_of_jax():
     q, k, v = (jax.random.normal(jax.random.key(i), (3, 6, 2, 4)) for i in range(3))
     padded = jnp.arange(6) < jnp.array([[6], [4], [0]])
     for mask in (None, padded[:, None, None], padded[:1, None, None], jnp.tril(jnp.ones((6, 6), bool))[None, None]):
@@ -149,12 +151,7 @@ def test_large_batches_attend_group_by_group(monkeypatch):
         expected = jax.value_and_grad(loss, (1, 2, 3))(
             lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m), q, k, v
         )
-        for size, devices in ((layers.CACHED_SCORES, 1), (100, 1), (100, 8)):
-            monkeypatch.setattr(layers, "CACHED_SCORES", size)
-            monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
-            chex.assert_trees_all_close(jax.value_and_grad(loss, (1, 2, 3))(layers.heads_first, q, k, v), expected, atol=1e-5)
-            program = str(jax.make_jaxpr(lambda *a, mask=mask: layers.heads_first(*a, mask))(q, k, v))
-            assert ("scan[" in program) == ((size, devices) == (100, 1))
+        chex.assert_trees_all_close(jax.value_and_grad(loss, (1, 2, 3))(layers.heads_first, q, k, v), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -189,3 +186,15 @@ def test_on_cuda_attention_becomes_cudnns(monkeypatch, masked):
     if masked:
         with pytest.raises(InputError, match="rows of an even number of positions, but these have 5"):
             jax.make_jaxpr(lambda q: layers.attend(q, q, q, mask[..., :5], "cudnn"))(q[:, :5])
+
+
+def test_a_step_with_cudnn_is_lowered_where_blocks_are_mapped(monkeypatch):
+    """Over instances, by a plain generator and the contextual multiplexer: cuDNN's attention cannot be, under a mask."""
+    monkeypatch.setattr(layers, "on_cuda", lambda: True)
+    installed = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", installed)
+    changes = {"objective": "electra", "generator__kind": "plain", "mux__name": "contextual", "dtype": "bfloat16"}
+    config = text_config(2, attention="cudnn", batch_groups=8, **changes)
+    plan = assemble(config, format_of(config), sharding.make_mesh(config, config.batch_groups))
+    step = plan.jitted_step().trace(plan.abstract, plan.batch_shapes).lower(lowering_platforms=("cuda",))
+    assert step.as_text().count("__cudnn$fmha") == 2 * config.model.num_layers, "forwards and backwards"
