@@ -119,7 +119,7 @@ def check(config: Any) -> None:
     for key, value, unset in (
         ("remat", config.remat, "none"),
         ("scan_layers", config.scan_layers, False),
-        ("attention", config.get("attention", "xla"), "xla"),
+        ("attention", config.attention, "xla"),
         ("model.dropout_rate", config.model.dropout_rate, 0),
         ("model.attention_dropout_rate", config.model.attention_dropout_rate, 0),
         ("model.pool", config.model.pool, "mean"),

@@ -114,7 +114,7 @@ scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _over_rows(left: Array, right: Array, **options: Any) -> Array:
-    rows = tuple(range(left.ndim - 1)) if left.ndim == right.ndim else tuple(range(left.ndim))
+    rows = tuple(range(right.ndim - 1))
     return jax.lax.dot_general(left, right, ((rows, rows), ((), ())), **options)
 
 

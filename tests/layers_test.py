@@ -163,6 +163,13 @@ def test_gelu_is_the_exact_one(dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=0 if dtype == "float32" else 2**-8, atol=1e-6)
 
 
+def assume_cuda(monkeypatch):
+    """Programs can be lowered for GPUs with cuDNN, which is not here; not run."""
+    monkeypatch.setattr(layers, "on_cuda", lambda: True)
+    installed = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", installed)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_on_cuda_attention_becomes_cudnns(monkeypatch, masked):
     """Lowered for a GPU, not run: what the compiler is given calls the fused kernel, forwards and backwards, and only there."""
@@ -175,9 +182,7 @@ def test_on_cuda_attention_becomes_cudnns(monkeypatch, masked):
         return jax.jit(lambda q: gradient(q)).trace(q).lower(lowering_platforms=(platform,)).as_text()
 
     assert "__cudnn$fmha" not in lowered("cuda"), "JAX runs on CPUs here: cuDNN could not be asked"
-    monkeypatch.setattr(layers, "on_cuda", lambda: True)
-    installed = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", installed)
+    assume_cuda(monkeypatch)
     text = lowered("cuda")
     assert "__cudnn$fmhaSoftmax" in text or "__cudnn$fmhaScaleBiasSoftmax" in text, text
     assert "Backward" in text
@@ -190,9 +195,7 @@ def test_on_cuda_attention_becomes_cudnns(monkeypatch, masked):
 
 def test_a_step_with_cudnn_is_lowered_where_blocks_are_mapped(monkeypatch):
     """Over instances, by a plain generator and the contextual multiplexer: cuDNN's attention cannot be, under a mask."""
-    monkeypatch.setattr(layers, "on_cuda", lambda: True)
-    installed = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", installed)
+    assume_cuda(monkeypatch)
     changes = {"objective": "electra", "generator__kind": "plain", "mux__name": "contextual", "dtype": "bfloat16"}
     config = text_config(2, attention="cudnn", batch_groups=8, **changes)
     plan = assemble(config, format_of(config), sharding.make_mesh(config, config.batch_groups))
